@@ -1,0 +1,411 @@
+"""What can go wrong, as a tree.
+
+LayerError                        .request .attempts .maybe_processed
+├─ ConfigurationError             your side, before anything was sent (also a ValueError)
+│  └─ MissingTokensError          says which token is missing and where it was looked for
+├─ ClientClosedError
+├─ APIConnectionError             no usable answer
+│  ├─ APITimeoutError             (also a TimeoutError)  .phase
+│  │  └─ DeadlineExceededError    .phase says what the call was doing
+│  └─ MalformedResponseError      truncated, contradictory, too large, or not HTTP
+├─ APIStatusError                 an answer              .status_code .headers .body .request_id .retry_after
+│  ├─ BadRequestError 400 · AuthenticationError 401 · PermissionDeniedError 403 · NotFoundError 404 · ConflictError 409
+│  └─ UnprocessableEntityError 422 · RateLimitError 429 · ServerError 5xx
+└─ ResponseDecodeError            a 2xx that cannot be read as `into`  .path
+
+Rules: this room imports none of ours. A message says what happened, to which call, and what to do. No token, header
+value or query value is in a message, repr or pickle; the values of the tokens are scrubbed from what the server says.
+httpx's errors become ours in `translate_errors`, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import httpx
+import msgspec
+
+__all__ = [
+    "APIConnectionError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AttemptInfo",
+    "AuthenticationError",
+    "BadRequestError",
+    "ClientClosedError",
+    "ConfigurationError",
+    "ConflictError",
+    "DeadlineExceededError",
+    "LayerError",
+    "MalformedResponseError",
+    "MissingTokensError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "RateLimitError",
+    "RequestInfo",
+    "ResponseDecodeError",
+    "ServerError",
+    "UnprocessableEntityError",
+]
+
+BODY_LIMIT = 64 * 1024
+MESSAGE_LIMIT = 200
+
+
+@attrs.frozen
+class RequestInfo:
+    """Which request an error or event is about, without anything secret.
+
+    `method` is the HTTP method; `url` is the URL without user, query and fragment, since those may carry secrets.
+    """
+
+    method: str
+    url: str
+
+    @classmethod
+    def of(cls, request: httpx.Request) -> RequestInfo:
+        """The method of `request` and its URL, less user, query and fragment."""
+        url = request.url
+        return cls(request.method, f"{url.scheme}://{url.netloc.decode('ascii', 'replace')}{url.path}")
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.url}"
+
+
+@attrs.frozen
+class AttemptInfo:
+    """What one attempt met.
+
+    `number` counts from 1. `outcome` is the status code or the name of the httpx exception, as text. `status_code` is
+    None when there was no answer. `elapsed` is how long the attempt took, `delay` how long the call then waited before
+    it tried again (None for the last attempt); both in seconds.
+    """
+
+    number: int
+    outcome: str
+    status_code: int | None
+    elapsed: float
+    delay: float | None = None
+
+
+class LayerError(Exception):
+    """Base of all errors that this package raises.
+
+    `request` says which request it was (method, URL without query), or is None when there was none yet. `attempts` says
+    what each attempt met, the last one included. `maybe_processed` is True when the server may have acted on the
+    request although no usable answer came: look before you send it again.
+    """
+
+    request: RequestInfo | None
+    attempts: tuple[AttemptInfo, ...]
+    maybe_processed: bool
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        request: RequestInfo | None = None,
+        attempts: Iterable[AttemptInfo] = (),
+        maybe_processed: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.request = request
+        self.attempts = tuple(attempts)
+        self.maybe_processed = maybe_processed
+
+    def __str__(self) -> str:
+        message = str(self.args[0])
+        if self.request is not None:
+            message = f"{self.request}: {message}"
+        if len(self.attempts) > 1:
+            message += f" (after {len(self.attempts)} attempts: {', '.join(a.outcome for a in self.attempts)})"
+        if self.maybe_processed:
+            message += " The server may have processed the request: look before you send it again."
+        return message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__.copy())
+
+
+def _restore(cls: type[LayerError], args: tuple[Any, ...], state: dict[str, Any]) -> LayerError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigurationError(LayerError, ValueError):
+    """Something on your side is wrong; nothing was sent."""
+
+
+class MissingTokensError(ConfigurationError):
+    """A token is missing. The message says which, and where it was looked for; nothing was sent."""
+
+
+class ClientClosedError(LayerError):
+    """The client was closed, before the call or while it waited."""
+
+
+class APIConnectionError(LayerError):
+    """No usable answer came: refused, reset, unreachable, cut short."""
+
+
+class APITimeoutError(APIConnectionError, TimeoutError):
+    """A phase of an attempt took longer than `timeout` allows.
+
+    `phase` is connect, write, read or pool (as in `httpx.Timeout`).
+    """
+
+    phase: str
+
+    def __init__(self, message: str, *, phase: str, **context: Any) -> None:
+        super().__init__(message, **context)
+        self.phase = phase
+
+
+class DeadlineExceededError(APITimeoutError):
+    """The call's `deadline` passed, or a wait that was due would have passed it.
+
+    `phase` says what the call was doing: queue (waiting for a slot), gate (the server said slow down), refresh (new
+    tokens), connect, write, read, sleep (before a retry).
+    """
+
+
+class MalformedResponseError(APIConnectionError):
+    """An answer came that cannot be trusted: truncated, contradictory, larger than allowed, or not HTTP."""
+
+
+class APIStatusError(LayerError):
+    """The server answered with an error (or, with `into=`, with a redirect that is not followed).
+
+    `status_code` is the answer's status, `headers` its headers, `body` the first 64 KiB of its body as bytes,
+    `request_id` the server's own id for the request when it gave one, `retry_after` what it asked to wait in seconds.
+    """
+
+    status_code: int
+    headers: httpx.Headers
+    body: bytes
+    request_id: str | None
+    retry_after: float | None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status_code: int,
+        headers: httpx.Headers | None = None,
+        body: bytes = b"",
+        request_id: str | None = None,
+        retry_after: float | None = None,
+        **context: Any,
+    ) -> None:
+        super().__init__(message, **context)
+        self.status_code = status_code
+        self.headers = httpx.Headers() if headers is None else headers
+        self.body = body
+        self.request_id = request_id
+        self.retry_after = retry_after
+
+
+class BadRequestError(APIStatusError):
+    """400: the server does not understand the request."""
+
+
+class AuthenticationError(APIStatusError):
+    """401: the tokens were refused. Token1 may have lapsed, or Token2 be stale."""
+
+
+class PermissionDeniedError(APIStatusError):
+    """403: the tokens lack the access level that this method and path need."""
+
+
+class NotFoundError(APIStatusError):
+    """404: there is nothing at this path."""
+
+
+class ConflictError(APIStatusError):
+    """409: the request conflicts with the state of the resource."""
+
+
+class UnprocessableEntityError(APIStatusError):
+    """422: the request is well-formed and its content is refused."""
+
+
+class RateLimitError(APIStatusError):
+    """429: too many requests, and the wait asked for is longer than the call may take."""
+
+
+class ServerError(APIStatusError):
+    """5xx: the server failed."""
+
+
+class ResponseDecodeError(LayerError):
+    """A successful answer cannot be read as `into`. `path` is the JSON path of the mismatch, such as `$[3].name`."""
+
+    path: str
+
+    def __init__(self, message: str, *, path: str = "$", **context: Any) -> None:
+        super().__init__(message, **context)
+        self.path = path
+
+
+STATUS_ERRORS: dict[int, type[APIStatusError]] = {
+    400: BadRequestError,
+    401: AuthenticationError,
+    403: PermissionDeniedError,
+    404: NotFoundError,
+    409: ConflictError,
+    422: UnprocessableEntityError,
+    429: RateLimitError,
+}
+
+TOKENS_ARE_MADE = "Settings > Token Management > All API Applications > Create"
+
+ADVICE: dict[int, str] = {
+    401: (
+        "The tokens were refused. Token1 may have lapsed, or Token2 be stale: create or regenerate them "
+        f"({TOKENS_ARE_MADE}), and give this client the new pair."
+    ),
+    403: "These tokens lack the access that this method and path need: ask an administrator of the account for it.",
+    429: "Too many requests: slow down, or raise `deadline` and `RetryPolicy(retry_after_max=)` to wait for longer.",
+}
+
+
+def error_class(status_code: int) -> type[APIStatusError]:
+    """The class of the tree for a status: the exact one, `ServerError` for 5xx, else `APIStatusError`."""
+    return STATUS_ERRORS.get(status_code) or (ServerError if 500 <= status_code <= 599 else APIStatusError)
+
+
+def scrub(text: str, secrets: Iterable[str]) -> str:
+    """`text` with every occurrence of each of `secrets` replaced by asterisks."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
+
+
+def status_error(
+    response: httpx.Response,
+    body: bytes,
+    *,
+    retry_after: float | None = None,
+    secrets: Iterable[str] = (),
+    **context: Any,
+) -> APIStatusError:
+    """The error for an answer: its class by status, advice, and up to 200 characters of the server's own words.
+
+    `body` is what was read of the body, decoded; `secrets` are token values to scrub from all that the server said.
+    """
+    secrets = tuple(secrets)
+    body = body[:BODY_LIMIT]
+    for secret in secrets:
+        body = body.replace(secret.encode(), b"***")
+    headers = httpx.Headers([(name, scrub(value, secrets)) for name, value in response.headers.multi_items()])
+    code = response.status_code
+    words = _server_message(body)
+    parts = [f"{code} {scrub(response.reason_phrase, secrets)}".strip() + ".", ADVICE.get(code, "")]
+    if words:
+        parts.append(f"The server says: {words}")
+    return error_class(code)(
+        " ".join(part for part in parts if part),
+        status_code=code,
+        headers=headers,
+        body=body,
+        request_id=next((headers[name] for name in REQUEST_ID_HEADERS if name in headers), None),
+        retry_after=retry_after,
+        **context,
+    )
+
+
+REQUEST_ID_HEADERS = ("x-request-id", "request-id", "x-correlation-id", "x-amzn-requestid")
+
+
+def _server_message(body: bytes) -> str:
+    """The server's own words out of an error body: the usual members of a JSON object, else the text itself."""
+    text = body.decode("utf-8", "replace")
+    try:
+        document = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        if "<html" in text[:1024].lower():
+            text = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+    else:
+        text = _find_message(document) or text
+    text = "".join(c if c.isprintable() else " " for c in text)
+    text = " ".join(text.split())
+    return text if len(text) <= MESSAGE_LIMIT else text[: MESSAGE_LIMIT - 1] + "…"
+
+
+def _find_message(document: Any) -> str | None:
+    if isinstance(document, str):
+        return document
+    if isinstance(document, list) and document:
+        return _find_message(document[0])
+    if isinstance(document, dict):
+        lowered = {key.lower(): value for key, value in document.items()}
+        for key in ("message", "detail", "error_description", "error", "title", "errors"):
+            if found := _find_message(lowered.get(key)):
+                return found
+    return None
+
+
+@attrs.frozen
+class ErrorContext:
+    """What is known of a call when it fails, to be put on its error."""
+
+    request: RequestInfo
+    attempts: tuple[AttemptInfo, ...]
+    maybe_processed: bool
+    response_started: bool | None = None
+
+
+TIMEOUT_PHASES: dict[type[httpx.TimeoutException], str] = {
+    httpx.ConnectTimeout: "connect",
+    httpx.WriteTimeout: "write",
+    httpx.ReadTimeout: "read",
+    httpx.PoolTimeout: "pool",
+}
+
+
+@contextmanager
+def translate_errors(context: Callable[[], ErrorContext]) -> Iterator[None]:
+    """Raise the error of our tree in place of httpx's; everything else, cancellation first of all, passes untouched.
+
+    `context` is asked once an error has come, and says what is known of the call by then.
+    """
+    try:
+        yield
+    except httpx.TimeoutException as exc:
+        known = context()
+        phase = next((name for cls, name in TIMEOUT_PHASES.items() if isinstance(exc, cls)), "read")
+        raise APITimeoutError(
+            f"timed out in the {phase} phase. The server or the way to it is slow; `timeout=` sets the bound.",
+            phase=phase,
+            request=known.request,
+            attempts=known.attempts,
+            maybe_processed=known.maybe_processed,
+        ) from exc
+    except (httpx.LocalProtocolError, httpx.InvalidURL) as exc:
+        # Both quote what they refuse, which may be a secret: neither their text nor they themselves go on.
+        what = "the URL is not valid" if isinstance(exc, httpx.InvalidURL) else "a header or the body is not valid HTTP"
+        raise ConfigurationError(f"{what}; nothing was sent.", request=context().request) from None
+    except httpx.UnsupportedProtocol as exc:
+        raise ConfigurationError("the URL is neither http nor https.", request=context().request) from exc
+    except (httpx.RemoteProtocolError, httpx.DecodingError) as exc:
+        known = context()
+        if isinstance(exc, httpx.RemoteProtocolError) and known.response_started is False:
+            message, cls = "the server closed the connection without an answer.", APIConnectionError
+        else:
+            message, cls = f"the answer cannot be trusted: {exc}.", MalformedResponseError
+        raise cls(
+            message, request=known.request, attempts=known.attempts, maybe_processed=known.maybe_processed
+        ) from exc
+    except httpx.RequestError as exc:
+        known = context()
+        raise APIConnectionError(
+            f"no answer: {str(exc) or type(exc).__name__}.",
+            request=known.request,
+            attempts=known.attempts,
+            maybe_processed=known.maybe_processed,
+        ) from exc

@@ -1,0 +1,110 @@
+"""What our layers know of one exchange (a request and its response) beyond what httpx itself keeps.
+
+Rules: this room decides nothing. The record of a call lives in `request.extensions["layer_async"]`, which httpx copies
+by reference into a redirected request; a request without one is read in the strictest way (it may have been processed,
+its body cannot be sent again unless httpx holds it in memory).
+"""
+
+from __future__ import annotations
+
+import email.utils
+import re
+from typing import Any, Protocol
+
+import attrs
+import httpx
+
+from ._errors import AttemptInfo
+
+EXTENSION = "layer_async"
+
+
+class Releasable(Protocol):
+    """The right to have one attempt on the wire, as far as the layers above the pool know it."""
+
+    def release(self) -> None:
+        """Give it back, closing what is still open under it; synchronous, and harmless when already done."""
+
+
+@attrs.define(eq=False)
+class ExchangeRecord:
+    """What is known of a call, kept across its attempts.
+
+    The transport writes for the attempt under way (None means unknown): `bytes_written`, how many bytes of the request
+    went out (a TLS handshake or CONNECT does not count); `response_started`, whether a byte of the answer came;
+    `head_received`, whether its head was complete; `reused`, whether the connection had served before. `phase` says
+    what the call is doing, `slot` is the slot it holds, `attempts` and `maybe_processed` grow with each attempt.
+    `idempotent` is the caller's word on an unsafe method; `rate_limited_attempts` overrides the policy's bound on 429s
+    (0: no bound).
+    """
+
+    bytes_written: int | None = None
+    response_started: bool | None = None
+    head_received: bool | None = None
+    reused: bool | None = None
+    phase: str = "queue"
+    slot: Releasable | None = None
+    attempts: list[AttemptInfo] = attrs.field(factory=list)
+    maybe_processed: bool = False
+    idempotent: bool | None = None
+    rate_limited_attempts: int | None = None
+
+    @classmethod
+    def of(cls, request: Any) -> ExchangeRecord:
+        """The record of an httpx or httpcore request; made and attached when there is none yet."""
+        record = request.extensions.get(EXTENSION)
+        if not isinstance(record, cls):
+            record = request.extensions[EXTENSION] = cls()
+        return record
+
+    def begin_attempt(self) -> None:
+        """Forget what the transport wrote for the attempt before."""
+        self.bytes_written = self.response_started = self.head_received = self.reused = None
+
+    def release_slot(self) -> None:
+        """Give the slot back, if one is held; synchronous."""
+        slot, self.slot = self.slot, None
+        if slot is not None:
+            slot.release()
+
+
+def is_replayable(request: httpx.Request) -> bool:
+    """Whether the body of `request` can be sent once more.
+
+    Bytes can; an iterator can as long as nobody has begun it; multipart can when each of its files can seek.
+    """
+    stream = request.stream
+    if isinstance(stream, httpx.ByteStream):
+        return True
+    consumed = getattr(stream, "_is_stream_consumed", None)
+    if consumed is not None:
+        return consumed is False
+    fields = getattr(stream, "fields", None)
+    if fields is None:
+        return False
+    files = [field.file for field in fields if hasattr(field, "file")]
+    return all(isinstance(file, str | bytes) or (hasattr(file, "seekable") and file.seekable()) for file in files)
+
+
+def retry_after(response: httpx.Response) -> float | None:
+    """The seconds that `Retry-After` asks for (RFC 9110 section 10.2.3), or None where it says nothing usable.
+
+    At most 10 ASCII digits, or an HTTP-date measured against the response's own `Date`. Zero, a date that is past, and
+    everything else (negative, fraction, list, unit) say nothing usable.
+    """
+    value = response.headers.get("retry-after", "").strip(" \t")
+    if re.fullmatch(r"[0-9]{1,10}", value, re.ASCII):
+        return float(value) or None
+    until, now = _http_date(value), _http_date(response.headers.get("date", ""))
+    if until is None or now is None or until <= now:
+        return None
+    return until - now
+
+
+def _http_date(value: str) -> float | None:
+    if not value.endswith("GMT"):
+        return None
+    try:
+        return email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError):
+        return None

@@ -1,0 +1,133 @@
+"""What a client tells of its work: frozen events, and who listens to them.
+
+Rules: an event carries no secret (no header, no query, no body). An observer is called synchronously on the event loop:
+it must be quick, and what it raises is logged and goes no further, since a broken meter must not fail a call.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import attrs
+
+from ._errors import RequestInfo
+
+__all__ = [
+    "AttemptFinished",
+    "CallFinished",
+    "Event",
+    "GateShut",
+    "LoggingObserver",
+    "Observer",
+    "RetryScheduled",
+    "TokensRefreshed",
+]
+
+logger = logging.getLogger("layer_async")
+
+
+@attrs.frozen
+class AttemptFinished:
+    """One attempt came back: with `status_code`, or with `error` (the name of the httpx exception) instead.
+
+    `number` counts from 1, `elapsed` is in seconds, `reused` tells whether the connection had served before (None: the
+    transport does not say).
+    """
+
+    request: RequestInfo
+    number: int
+    status_code: int | None
+    error: str | None
+    elapsed: float
+    reused: bool | None
+
+
+@attrs.frozen
+class RetryScheduled:
+    """Attempt `number` met `cause` (a status or an exception's name), and another follows in `delay` seconds."""
+
+    request: RequestInfo
+    number: int
+    cause: str
+    delay: float
+
+
+@attrs.frozen
+class GateShut:
+    """The server said slow down: no attempt of this client starts for the next `delay` seconds."""
+
+    delay: float
+
+
+@attrs.frozen
+class TokensRefreshed:
+    """The source of the tokens was asked and gave a new pair; `generation` counts the pairs, from 1."""
+
+    generation: int
+
+
+@attrs.frozen
+class CallFinished:
+    """A call is over: with `status_code`, or with `error` (the name of our exception), after `attempts` attempts.
+
+    `elapsed` is in seconds and includes the queue, sleeps and the body.
+    """
+
+    request: RequestInfo
+    status_code: int | None
+    error: str | None
+    attempts: int
+    elapsed: float
+
+
+Event = AttemptFinished | RetryScheduled | GateShut | TokensRefreshed | CallFinished
+
+
+class Observer(Protocol):
+    """Anything that can be called with an event. Called on the event loop: be quick, do not block."""
+
+    def __call__(self, event: Event, /) -> None:
+        """Take note of `event`."""
+
+
+def notify(observer: Observer | None, event: Event) -> None:
+    """Give `event` to `observer`; what the observer raises is logged and goes no further."""
+    if observer is None:
+        return
+    try:
+        observer(event)
+    except Exception:  # the one place where everything is caught: see the rules above
+        logger.exception("the observer failed on %s", type(event).__name__)
+
+
+class LoggingObserver:
+    """Logs events under the logger `layer_async`: retries and a shut gate as warnings, the rest as debug messages."""
+
+    def __call__(self, event: Event, /) -> None:
+        """Log `event`."""
+        match event:
+            case RetryScheduled():
+                logger.warning(
+                    "%s: attempt %d met %s, next in %.2f s", event.request, event.number, event.cause, event.delay
+                )
+            case GateShut():
+                logger.warning("the server said slow down: all attempts wait for %.2f s", event.delay)
+            case TokensRefreshed():
+                logger.info("new tokens, generation %d", event.generation)
+            case AttemptFinished():
+                logger.debug(
+                    "%s: attempt %d: %s in %.3f s",
+                    event.request,
+                    event.number,
+                    event.error or event.status_code,
+                    event.elapsed,
+                )
+            case CallFinished():
+                logger.debug(
+                    "%s: %s after %d attempts in %.3f s",
+                    event.request,
+                    event.error or event.status_code,
+                    event.attempts,
+                    event.elapsed,
+                )
