@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import email.utils
 import re
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import attrs
 import httpx
 
-from ._errors import AttemptInfo
+from ._errors import AttemptInfo, MalformedResponseError
 
 EXTENSION = "layer_async"
 
@@ -35,7 +36,7 @@ class ExchangeRecord:
     `head_received`, whether its head was complete; `reused`, whether the connection had served before. `phase` says
     what the call is doing, `slot` is the slot it holds, `attempts` and `maybe_processed` grow with each attempt.
     `idempotent` is the caller's word on an unsafe method; `rate_limited_attempts` overrides the policy's bound on 429s
-    (0: no bound).
+    (0: no bound). `fresh` asks the transport for a new connection, since an idle one has just turned out to be dead.
     """
 
     bytes_written: int | None = None
@@ -48,6 +49,7 @@ class ExchangeRecord:
     maybe_processed: bool = False
     idempotent: bool | None = None
     rate_limited_attempts: int | None = None
+    fresh: bool = False
 
     @classmethod
     def of(cls, request: Any) -> ExchangeRecord:
@@ -82,8 +84,14 @@ def is_replayable(request: httpx.Request) -> bool:
     fields = getattr(stream, "fields", None)
     if fields is None:
         return False
-    files = [field.file for field in fields if hasattr(field, "file")]
-    return all(isinstance(file, str | bytes) or (hasattr(file, "seekable") and file.seekable()) for file in files)
+    return all(_can_go_back(field.file) for field in fields if hasattr(field, "file"))
+
+
+def _can_go_back(file: Any) -> bool:
+    if isinstance(file, str | bytes):
+        return True
+    # A closed file does not say that it cannot seek, it raises.
+    return hasattr(file, "seekable") and not getattr(file, "closed", False) and bool(file.seekable())
 
 
 def retry_after(response: httpx.Response) -> float | None:
@@ -99,6 +107,82 @@ def retry_after(response: httpx.Response) -> float | None:
     if until is None or now is None or until <= now:
         return None
     return until - now
+
+
+async def read_bounded(response: httpx.Response, limit: int | None, *, truncate: bool = False) -> None:
+    """Read and close `response`, holding at most `limit` bytes of its decoded body (None: no bound).
+
+    Where `truncate` is set (for error bodies, which are read to be shown), a longer body is cut at the limit, and one
+    that breaks off is kept as far as it came; elsewhere the one is a `MalformedResponseError`, the other httpx's error.
+    """
+    if limit is not None:
+        bound_body(response, limit, truncate=truncate)
+    await response.aread()
+
+
+def bound_body(response: httpx.Response, limit: int, *, truncate: bool = False) -> None:
+    """Let whoever reads `response` have at most `limit` decoded bytes of it; see `read_bounded`."""
+    if response.is_stream_consumed:
+        if len(response.content) > limit and not truncate:
+            raise _too_large(limit)
+        return
+    body = BoundedBody(response, limit, truncate=truncate)
+    response.stream = body
+    response._decoder = body  # type: ignore[assignment]
+
+
+class BoundedBody(httpx.AsyncByteStream):
+    """The stream and the content decoder of a response at once: what the one gives out decides when the other ends."""
+
+    def __init__(self, response: httpx.Response, limit: int, *, truncate: bool) -> None:
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        self._stream = response.stream
+        self._decoder: Any = response._get_content_decoder()
+        self._limit = self._left = limit
+        self._truncate = truncate
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        is_open = True
+        try:
+            async for chunk in self._stream:
+                if self._left >= 0:
+                    yield chunk
+                elif is_open:
+                    # Closed, the generators below soon run out. Left half-way, they would be the garbage collector's,
+                    # which trio warns of.
+                    is_open = False
+                    await self._stream.aclose()
+        except httpx.RequestError:
+            if self._left >= 0 and not self._truncate:
+                raise
+        self._check()
+
+    async def aclose(self) -> None:
+        """Close the stream below."""
+        await self._stream.aclose()
+
+    def decode(self, data: bytes) -> bytes:
+        """Decode `data`, and let none of it out beyond the limit."""
+        return self._bounded(self._decoder.decode(data))
+
+    def flush(self) -> bytes:
+        """The rest, under the same bound."""
+        rest = self._bounded(self._decoder.flush())
+        self._check()
+        return rest
+
+    def _bounded(self, data: bytes) -> bytes:
+        allowed = max(self._left, 0)
+        self._left -= len(data)
+        return data[:allowed]
+
+    def _check(self) -> None:
+        if self._left < 0 and not self._truncate:
+            raise _too_large(self._limit)
+
+
+def _too_large(limit: int) -> MalformedResponseError:
+    return MalformedResponseError(f"the body is larger than max_response_bytes={limit} allows.")
 
 
 def _http_date(value: str) -> float | None:

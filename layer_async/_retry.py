@@ -1,0 +1,559 @@
+"""Whether a failed attempt is followed by another, and when.
+
+The table of failures stands first, as data. `classify_failure` says which row an attempt met, `RetryPolicy.decide` what
+follows; both are pure. `RetryMiddleware` is the loop round them.
+
+Rules: a request that may have been processed is sent again only if that is safe (RFC 9110 section 9.2.2) or its caller
+says so. Where the transport did not say how far an attempt came, the strictest reading holds. Retry decides whether and
+the gate decides when: one sleep, never two. Nothing but `httpx.RequestError` and `APIStatusError` is caught, so that
+cancellation and the errors of mocking tools pass; no slot is held while a call sleeps.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from random import SystemRandom
+from typing import Any, Protocol
+
+import anyio
+import attrs
+import httpx
+
+from ._errors import (
+    APIStatusError,
+    AttemptInfo,
+    ConfigurationError,
+    RateLimitError,
+    RequestInfo,
+    ServerError,
+)
+from ._exchange import ExchangeRecord, is_replayable, retry_after
+from ._telemetry import AttemptFinished, Observer, RetryScheduled, notify
+
+__all__ = [
+    "CallNext",
+    "Decision",
+    "Failure",
+    "Middleware",
+    "RetryBudget",
+    "RetryMiddleware",
+    "RetryPolicy",
+    "Row",
+    "Shuttable",
+    "classify_failure",
+    "is_safe_to_repeat",
+]
+
+CallNext = Callable[[httpx.Request], Awaitable[httpx.Response]]
+Middleware = Callable[[httpx.Request, CallNext], Awaitable[httpx.Response]]
+
+
+class Shuttable(Protocol):
+    """A gate, as far as this room knows it: `call_next` waits there, this room only shuts it."""
+
+    def shut(self, seconds: float) -> None:
+        """Let no attempt through for `seconds` from now."""
+
+
+# The table
+
+
+@attrs.frozen(eq=False)
+class Row:
+    """One row of the table: how often a call is tried again after this failure, when, and what that costs.
+
+    `safe` and `unsafe` bound how often one call is tried again for this failure, for requests that can be repeated
+    safely and for the others. `cost` is what each such failure takes from the budget. `fresh` asks for a new
+    connection. `at_once` waits for nothing.
+    """
+
+    name: str
+    safe: float
+    unsafe: float
+    cost: float = 1.0
+    at_once: bool = False
+    fresh: bool = False
+    heeds_retry_after: bool = False
+    needs_half_an_attempt: bool = False
+
+
+NEVER, ONCE, TWICE, YES = 0, 1, 2, math.inf
+FREE = 0.0
+
+CONNECT = Row("no connection", YES, YES)
+CONNECT_TIMEOUT = Row("connect timeout", YES, YES, cost=2)
+PERMANENT = Row("certificate, unknown host, bad URL, own bounds", NEVER, NEVER, cost=FREE)
+UNSENT = Row("nothing was written", YES, YES)
+CUT_REQUEST = Row("the request was cut", YES, NEVER)
+DISCONNECT = Row("no answer began", YES, NEVER)
+READ_TIMEOUT = Row("read timeout before the answer", YES, NEVER, cost=2, needs_half_an_attempt=True)
+CUT_RESPONSE = Row("the answer was cut", YES, NEVER)
+MALFORMED = Row("malformed head or corrupt coding", ONCE, NEVER, fresh=True)
+REQUEST_TIMEOUT = Row("408", ONCE, ONCE, cost=FREE, at_once=True, fresh=True)
+TOO_EARLY = Row("425", ONCE, ONCE)
+RATE_LIMITED = Row("429", YES, YES, cost=FREE, heeds_retry_after=True)
+SERVER_ERROR = Row("500", TWICE, NEVER)
+BAD_GATEWAY = Row("502, 504", YES, NEVER)
+UNAVAILABLE = Row("503", YES, NEVER, heeds_retry_after=True)
+DETERMINISTIC = Row("would meet the same again", NEVER, NEVER, cost=FREE)
+
+STATUS_ROWS: dict[int, Row] = {
+    408: REQUEST_TIMEOUT,
+    425: TOO_EARLY,
+    429: RATE_LIMITED,
+    502: BAD_GATEWAY,
+    503: UNAVAILABLE,
+    504: BAD_GATEWAY,
+    # Not Implemented, HTTP Version, Variant Also Negotiates, Loop Detected, Not Extended, Network Authentication
+    **dict.fromkeys((501, 505, 506, 508, 510, 511), DETERMINISTIC),
+}
+
+
+def status_row(status_code: int) -> Row:
+    """The row for an answer of 400 or above; other 5xx are like a 500."""
+    return STATUS_ROWS.get(status_code) or (SERVER_ERROR if 500 <= status_code <= 599 else DETERMINISTIC)
+
+
+# What an attempt met
+
+
+@attrs.frozen
+class Failure:
+    """What one failed attempt met.
+
+    `cause` is the status, or the name of the exception. `stale` means that a connection that had served before broke
+    ahead of the answer: most likely the server had closed it while it was idle. `redirected` means that the failure
+    belongs to a request that followed a redirect, so the first one had been answered. `processed` means that the server
+    may have acted on the request. `retry_after` is what the server asks to wait, in seconds.
+    """
+
+    row: Row
+    cause: str
+    status_code: int | None = None
+    retry_after: float | None = None
+    stale: bool = False
+    redirected: bool = False
+    processed: bool = False
+
+
+def classify_failure(outcome: httpx.Response | httpx.RequestError | APIStatusError, request: httpx.Request) -> Failure:
+    """Which row of the table `outcome` of an attempt at `request` belongs to. An answer has a status of 400 or above.
+
+    What the transport noted in the request's `ExchangeRecord` is used; what it left out is taken in the strictest way.
+    """
+    if isinstance(outcome, httpx.Response):
+        redirected = any(300 <= answer.status_code < 400 for answer in outcome.history)
+        code = outcome.status_code
+        return _answered(code, str(code), code, retry_after(outcome), redirected=redirected)
+    if isinstance(outcome, APIStatusError):
+        shown, code = outcome.status_code, _effective_status(outcome)
+        cause = str(shown) if shown == code else type(outcome).__name__
+        return _answered(code, cause, shown, outcome.retry_after, redirected=False)
+    record = ExchangeRecord.of(request)
+    row = _exception_row(outcome, record)
+    broke = row in (UNSENT, CUT_REQUEST, DISCONNECT) and not isinstance(outcome, httpx.TimeoutException)
+    redirected = _is_of_another_request(outcome, request)
+    return Failure(
+        row,
+        type(outcome).__name__,
+        stale=broke and record.reused is True,
+        redirected=redirected,
+        processed=redirected
+        or row not in (CONNECT, CONNECT_TIMEOUT, UNSENT, PERMANENT)
+        or bool(row is PERMANENT and record.bytes_written),
+    )
+
+
+def _answered(code: int, cause: str, shown: int, wait: float | None, *, redirected: bool) -> Failure:
+    row = status_row(code)
+    return Failure(row, cause, shown, wait, redirected=redirected, processed=redirected or code >= 500)
+
+
+def _effective_status(error: APIStatusError) -> int:
+    """The status that `error` stands for: its own, or, below 400, what its class says."""
+    if error.status_code >= 400:
+        return error.status_code
+    if isinstance(error, RateLimitError):
+        return 429
+    if isinstance(error, ServerError):
+        return 500 if error.retry_after is None else 503
+    return 400
+
+
+def _is_of_another_request(error: httpx.RequestError, request: httpx.Request) -> bool:
+    """Whether `error` met a request that took the place of `request`: after a redirect, or one that an auth sent."""
+    # Not `error.request`, which raises where it is unset, as mocks leave it.
+    failed: httpx.Request | None = getattr(error, "_request", None)
+    return failed is not None and failed is not request and (failed.method, failed.url) != (request.method, request.url)
+
+
+def _exception_row(error: httpx.RequestError, record: ExchangeRecord) -> Row:
+    match error:
+        case httpx.ProxyError():
+            return _proxy_row(error)
+        case httpx.ConnectTimeout():
+            return CONNECT_TIMEOUT
+        case httpx.ConnectError():
+            return PERMANENT if _is_permanent(error) else CONNECT
+        case httpx.DecodingError():
+            return MALFORMED
+        case httpx.UnsupportedProtocol() | httpx.LocalProtocolError() | httpx.PoolTimeout():
+            return PERMANENT
+        case httpx.TransportError():
+            return _wire_row(error, record)
+        case _:
+            return PERMANENT
+
+
+def _wire_row(error: httpx.TransportError, record: ExchangeRecord) -> Row:
+    """The row of an error that met an open connection."""
+    if record.response_started:
+        is_malformed = isinstance(error, httpx.RemoteProtocolError) and not record.head_received
+        return MALFORMED if is_malformed else CUT_RESPONSE
+    if record.bytes_written == 0:
+        return UNSENT
+    if isinstance(error, httpx.WriteError | httpx.WriteTimeout):
+        return CUT_REQUEST
+    return READ_TIMEOUT if isinstance(error, httpx.TimeoutException) else DISCONNECT
+
+
+def _proxy_row(error: httpx.ProxyError) -> Row:
+    """A proxy's refusal of CONNECT, of which httpx keeps the status as text; nothing has reached the server."""
+    return CONNECT if str(error)[:3] in ("502", "503", "504") else PERMANENT
+
+
+UNKNOWN_HOST = {getattr(socket, name, None) for name in ("EAI_NONAME", "EAI_NODATA")}
+
+
+def _is_permanent(error: BaseException) -> bool:
+    """Whether the operating system's or OpenSSL's error below `error` would come again: certificate, unknown host."""
+    seen: set[int] = set()
+    root: BaseException | None = error
+    while root is not None and id(root) not in seen:
+        if isinstance(root, ssl.SSLCertVerificationError):
+            return True
+        if isinstance(root, socket.gaierror):
+            return root.errno in UNKNOWN_HOST
+        if isinstance(root, OSError):
+            # The end of the story: what lies below may be the caller's own affair, handled while it made this call.
+            return False
+        seen.add(id(root))
+        root = root.__cause__ or root.__context__
+    return False
+
+
+IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
+
+
+def is_safe_to_repeat(method: str, record: ExchangeRecord, *, headers: httpx.Headers | None = None) -> bool:
+    """Whether a request may be sent again although it may have been processed.
+
+    The caller's own word (`record.idempotent`) comes first, then an `Idempotency-Key` among `headers`, then the method
+    (RFC 9110 section 9.2.2).
+    """
+    if record.idempotent is not None:
+        return record.idempotent
+    return method.upper() in IDEMPOTENT_METHODS or (headers is not None and "idempotency-key" in headers)
+
+
+# What follows
+
+
+@attrs.frozen
+class Decision:
+    """What follows a failure.
+
+    `retry` says whether there is another attempt, `delay` after how many seconds, `fresh` whether on a new connection.
+    `cost` is what the failure takes from the budget, whether or not there is another attempt. `at_gate` means that the
+    gate is to be shut for `delay`, likewise in either case. `refused` says why there is none: row, often, attempts,
+    body, retry-after, deadline or budget.
+    """
+
+    retry: bool
+    delay: float = 0.0
+    cost: float = FREE
+    at_gate: bool = False
+    fresh: bool = False
+    refused: str | None = None
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def _seconds(_: Any, field: attrs.Attribute[float], value: Any) -> None:
+    if not _is_seconds(value):
+        raise ConfigurationError(f"RetryPolicy({field.name}=) takes seconds, 0 or more, not {value!r}.")
+
+
+def _count(_: Any, field: attrs.Attribute[int], value: Any) -> None:
+    least = 1 if field.name == "attempts" else 0
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigurationError(f"RetryPolicy({field.name}=) takes a whole number of at least {least}, not {value!r}.")
+
+
+@attrs.frozen(kw_only=True)
+class RetryPolicy:
+    """What is tried again, how often and after how long.
+
+    `attempts`: how many attempts a call makes in all, those that were answered 429 apart. `backoff_initial` and
+    `backoff_max`: the n-th wait is drawn from 0 to `backoff_initial` · 2ⁿ seconds, but no more than `backoff_max` (full
+    jitter). `retry_after_max`: the longest wait in seconds that a server may ask for (`Retry-After`, RFC 9110 section
+    10.2.3); when it asks for more, the call fails at once. `rate_limited_attempts`: how many attempts of a call may be
+    answered 429 (1: the first one fails the call; 0: no bound). Raises `ConfigurationError` for anything else.
+    """
+
+    attempts: int = attrs.field(default=4, validator=_count)
+    backoff_initial: float = attrs.field(default=0.5, validator=_seconds)
+    backoff_max: float = attrs.field(default=8.0, validator=_seconds)
+    retry_after_max: float = attrs.field(default=60.0, validator=_seconds)
+    rate_limited_attempts: int = attrs.field(default=10, validator=_count)
+
+    def backoff(self, number: int, jitter: float) -> float:
+        """Seconds before the retry that has `number` backed-off ones before it; `jitter` is from 0 to 1."""
+        # 2**64 of anything is past every bound, and further powers would overflow.
+        return jitter * min(self.backoff_max, self.backoff_initial * 2.0 ** min(number, 64))
+
+    def decide(
+        self,
+        failure: Failure,
+        earlier: Sequence[Failure] = (),
+        *,
+        safe: bool,
+        replayable: bool = True,
+        time_left: float = math.inf,
+        attempt_time: float | None = None,
+        jitter: float = 1.0,
+        rate_limited_attempts: int | None = None,
+    ) -> Decision:
+        """What follows `failure` in a call that met `earlier` before.
+
+        `safe`: the request may be sent again although it may have been processed. `replayable`: its body can be.
+        `time_left`: seconds to the deadline. `attempt_time`: the read timeout, None for none. `jitter`: a random number
+        from 0 to 1. `rate_limited_attempts` stands in for the policy's own.
+        """
+        row = failure.row
+        first_stale = failure.stale and not any(past.stale for past in earlier)
+        if first_stale or row.at_once:
+            delay = 0.0
+        elif row.heeds_retry_after and failure.retry_after is not None:
+            delay = failure.retry_after
+        else:
+            delay = self.backoff(_backed_off(earlier), jitter)
+        bound = self.rate_limited_attempts if rate_limited_attempts is None else rate_limited_attempts
+        refused = self._refusal(failure, earlier, safe=safe, rate_limited_bound=bound)
+        if refused is None and not replayable:
+            refused = "body"
+        if row.heeds_retry_after and (failure.retry_after or 0.0) > self.retry_after_max:
+            refused = refused or "retry-after"
+        needed = (attempt_time or 0.0) / 2 if row.needs_half_an_attempt else 0.0
+        if refused is None and (delay >= time_left or delay + needed > time_left):
+            refused = "deadline"
+        return Decision(
+            retry=refused is None,
+            delay=delay,
+            cost=FREE if first_stale else row.cost,
+            # Nobody waits for longer than `retry_after_max`, so a gate shut for longer would only delay the bad news.
+            at_gate=row is RATE_LIMITED and delay <= self.retry_after_max,
+            fresh=row.fresh or failure.stale,
+            refused=refused,
+        )
+
+    def _refusal(
+        self, failure: Failure, earlier: Sequence[Failure], *, safe: bool, rate_limited_bound: int
+    ) -> str | None:
+        """Why the table or the number of attempts allows no other, or None."""
+        row = failure.row
+        limit = row.safe if safe else row.unsafe
+        if limit == NEVER or (failure.redirected and not safe):
+            return "row"
+        if sum(past.row is row for past in earlier) >= limit:
+            return "often"
+        limited = sum(past.row is RATE_LIMITED for past in earlier)
+        if row is RATE_LIMITED:
+            return "attempts" if 0 < rate_limited_bound <= limited + 1 else None
+        return "attempts" if len(earlier) - limited + 1 >= self.attempts else None
+
+
+def _backed_off(earlier: Sequence[Failure]) -> int:
+    """How many of the retries so far waited."""
+    return len(earlier) - sum(past.row.at_once for past in earlier) - any(past.stale for past in earlier)
+
+
+class RetryBudget:
+    """Stops retries while most of what is sent fails, after gRPC's proposal A6 (retry throttling).
+
+    `capacity` tokens at first and at most; each failed attempt takes what its row of the table costs, each success
+    gives `refund` back, and at or below `threshold` nothing that costs is tried again. One budget serves all calls to a
+    server. Raises `ConfigurationError` for anything but numbers with 0 ≤ `threshold` < `capacity` and 0 ≤ `refund`.
+    """
+
+    def __init__(self, *, capacity: float = 100.0, threshold: float = 50.0, refund: float = 0.1) -> None:
+        if not (_is_seconds(capacity) and _is_seconds(threshold) and _is_seconds(refund) and threshold < capacity):
+            raise ConfigurationError(
+                "RetryBudget takes 0 <= threshold < capacity and refund >= 0, "
+                f"not threshold={threshold!r}, capacity={capacity!r}, refund={refund!r}."
+            )
+        self._capacity = self._tokens = float(capacity)
+        self._threshold = float(threshold)
+        self._refund = float(refund)
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} {self._tokens:.1f} of {self._capacity:.1f}, retries above {self._threshold:.1f}>"
+        )
+
+    @property
+    def tokens(self) -> float:
+        """What is left."""
+        return self._tokens
+
+    def withdraw(self, cost: float) -> bool:
+        """Take `cost` for a failed attempt; whether it may be tried again. What costs nothing always may."""
+        self._tokens = max(0.0, self._tokens - cost)
+        return cost == FREE or self._tokens > self._threshold
+
+    def refund(self) -> None:
+        """Give back for a success."""
+        self._tokens = min(self._capacity, self._tokens + self._refund)
+
+
+# The loop
+
+
+class RetryMiddleware:
+    """Sends a request until an attempt succeeds or `policy`, `budget` or the deadline allow no other.
+
+    `await middleware(request, call_next)` returns the last response, whatever its status, or raises the last
+    `httpx.RequestError` as it is; `call_next` is `client.send` of any `httpx.AsyncClient`. The deadline is that of the
+    anyio scopes around the call. `budget` defaults to one of its own. `gate` is shut when the server says slow down:
+    `call_next` must then wait there; without a gate the call waits here. `observer` hears of each attempt and retry.
+    What each attempt met is kept in the request's `ExchangeRecord`.
+    """
+
+    __slots__ = ("_gate", "_observer", "_random", "_sleep", "budget", "policy")
+
+    def __init__(
+        self,
+        policy: RetryPolicy = RetryPolicy(),
+        budget: RetryBudget | None = None,
+        *,
+        gate: Shuttable | None = None,
+        observer: Observer | None = None,
+        # The system's randomness: neither a fork nor a `random.seed()` makes two processes wait in step.
+        random: Callable[[], float] = SystemRandom().random,  # noqa: B008 - holds no state
+        sleep: Callable[[float], Awaitable[Any]] = anyio.sleep,
+    ) -> None:
+        if not isinstance(policy, RetryPolicy):
+            raise ConfigurationError(f"policy must be a RetryPolicy, not {type(policy).__name__}.")
+        self.policy = policy
+        self.budget = RetryBudget() if budget is None else budget
+        self._gate = gate
+        self._observer = observer
+        self._random = random
+        self._sleep = sleep
+
+    def with_policy(self, policy: RetryPolicy) -> RetryMiddleware:
+        """The same under another policy: budget, gate and observer are shared."""
+        return RetryMiddleware(
+            policy, self.budget, gate=self._gate, observer=self._observer, random=self._random, sleep=self._sleep
+        )
+
+    async def __call__(self, request: httpx.Request, call_next: CallNext) -> httpx.Response:
+        """The last response to `request`, of any status; raises what the last attempt raised."""
+        record = ExchangeRecord.of(request)
+        earlier: list[Failure] = []
+        while True:
+            record.begin_attempt()
+            started = anyio.current_time()
+            try:
+                response = await call_next(request)
+            except (httpx.RequestError, APIStatusError) as exc:
+                decision = self._judge(exc, request, record, earlier, started)
+                if not decision.retry:
+                    raise
+            else:
+                if response.status_code < 400:
+                    self._succeeded(response, request, record, started)
+                    return response
+                decision = self._judge(response, request, record, earlier, started)
+                if not decision.retry:
+                    return response
+                # That it cannot be closed in order is no reason to give up: its connection is gone either way.
+                with suppress(httpx.RequestError):
+                    await response.aclose()
+                del response  # a call that waits holds on to nothing
+            record.release_slot()
+            await self._pause(decision, record)
+
+    def _succeeded(
+        self, response: httpx.Response, request: httpx.Request, record: ExchangeRecord, started: float
+    ) -> None:
+        self.budget.refund()
+        code = response.status_code
+        self._note(request, record, str(code), code, None, started)
+
+    def _judge(
+        self,
+        outcome: httpx.Response | httpx.RequestError | APIStatusError,
+        request: httpx.Request,
+        record: ExchangeRecord,
+        earlier: list[Failure],
+        started: float,
+    ) -> Decision:
+        """Decide what follows, charge the budget, shut the gate, and note it all; synchronous."""
+        failure = classify_failure(outcome, request)
+        safe = is_safe_to_repeat(request.method, record, headers=request.headers)
+        decision = self.policy.decide(
+            failure,
+            earlier,
+            safe=safe,
+            replayable=is_replayable(request),
+            time_left=anyio.current_effective_deadline() - anyio.current_time(),
+            attempt_time=request.extensions.get("timeout", {}).get("read"),
+            jitter=self._random(),
+            rate_limited_attempts=record.rate_limited_attempts,
+        )
+        if not self.budget.withdraw(decision.cost) and decision.retry:
+            decision = attrs.evolve(decision, retry=False, refused="budget")
+        earlier.append(failure)
+        record.maybe_processed = record.maybe_processed or (failure.processed and not safe)
+        if decision.at_gate and self._gate is not None:
+            self._gate.shut(decision.delay)
+        delay = decision.delay if decision.retry else None
+        self._note(request, record, failure.cause, failure.status_code, delay, started)
+        return decision
+
+    async def _pause(self, decision: Decision, record: ExchangeRecord) -> None:
+        """Wait for as long as was decided; at a gate it is `call_next` that waits."""
+        record.fresh = decision.fresh
+        if decision.delay > 0 and not (decision.at_gate and self._gate is not None):
+            record.phase = "sleep"
+            await self._sleep(decision.delay)
+            record.phase = "queue"
+
+    def _note(
+        self,
+        request: httpx.Request,
+        record: ExchangeRecord,
+        outcome: str,
+        status_code: int | None,
+        delay: float | None,
+        started: float,
+    ) -> None:
+        """Append the attempt to the record, and tell the observer."""
+        record.fresh = False
+        number = len(record.attempts) + 1
+        elapsed = anyio.current_time() - started
+        record.attempts.append(AttemptInfo(number, outcome, status_code, elapsed, delay))
+        if self._observer is None:
+            return
+        info = RequestInfo.of(request)
+        error = None if outcome == str(status_code) else outcome
+        notify(self._observer, AttemptFinished(info, number, status_code, error, elapsed, record.reused))
+        if delay is not None:
+            notify(self._observer, RetryScheduled(info, number, outcome, delay))

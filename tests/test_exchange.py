@@ -1,0 +1,486 @@
+"""What is known of an exchange: its record, whether its body can be sent again, Retry-After, and bounded reading."""
+
+from __future__ import annotations
+
+import email.utils
+import gzip
+import io
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import Any
+
+import attrs
+import httpx
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from layer_async._errors import AttemptInfo, MalformedResponseError
+from layer_async._exchange import (
+    EXTENSION,
+    ExchangeRecord,
+    bound_body,
+    is_replayable,
+    read_bounded,
+    retry_after,
+)
+
+URL = "https://api.example/things"
+DATE = "Sun, 06 Nov 1994 08:49:37 GMT"
+
+REPEATABLE = settings(derandomize=True, deadline=None, database=None)
+
+
+# The record
+
+
+def test_a_request_without_a_record_gets_one_in_which_nothing_is_known() -> None:
+    request = httpx.Request("GET", URL)
+    record = ExchangeRecord.of(request)
+    assert request.extensions[EXTENSION] is record
+    assert ExchangeRecord.of(request) is record
+    assert (record.bytes_written, record.response_started, record.head_received, record.reused) == (None,) * 4
+
+
+def test_what_somebody_else_put_in_its_place_is_not_taken_for_a_record() -> None:
+    request = httpx.Request("GET", URL, extensions={EXTENSION: "mine"})
+    assert isinstance(ExchangeRecord.of(request), ExchangeRecord)
+
+
+@pytest.mark.anyio
+async def test_a_request_that_follows_a_redirect_shares_the_record() -> None:
+    records: list[ExchangeRecord] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        records.append(ExchangeRecord.of(request))
+        return httpx.Response(200) if request.url.path == "/new" else httpx.Response(307, headers={"Location": "/new"})
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(handler), follow_redirects=True) as client:
+        await client.get(URL)
+    assert len(records) == 2
+    assert records[0] is records[1]
+
+
+def test_a_new_attempt_forgets_the_transports_notes_and_nothing_else() -> None:
+    attempt = AttemptInfo(1, "503", 503, 0.1)
+    record = ExchangeRecord(
+        bytes_written=10,
+        response_started=True,
+        head_received=True,
+        reused=True,
+        attempts=[attempt],
+        maybe_processed=True,
+        idempotent=True,
+        rate_limited_attempts=0,
+        fresh=True,
+    )
+    record.begin_attempt()
+    assert (record.bytes_written, record.response_started, record.head_received, record.reused) == (None,) * 4
+    assert record.attempts == [attempt]
+    assert (record.maybe_processed, record.idempotent, record.rate_limited_attempts) == (True, True, 0)
+    assert record.fresh
+
+
+@attrs.define
+class Slot:
+    released: int = 0
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def test_a_slot_is_given_back_once() -> None:
+    slot = Slot()
+    record = ExchangeRecord(slot=slot)
+    record.release_slot()
+    record.release_slot()
+    assert slot.released == 1
+    assert record.slot is None
+
+
+# Whether a body can be sent once more
+
+
+async def async_chunks() -> AsyncGenerator[bytes, None]:
+    yield b"chunk"
+
+
+def chunks() -> Iterator[bytes]:
+    yield b"chunk"
+
+
+class Pipe(io.BytesIO):
+    """A file that cannot go back."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *_: Any) -> int:
+        raise io.UnsupportedOperation
+
+
+class Unknown(httpx.AsyncByteStream):
+    """A body of which httpx knows nothing."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"chunk"  # pragma: no cover - asked about, never read
+
+
+class ReadOnly:
+    """As little of a file as httpx accepts."""
+
+    def read(self, size: int = -1) -> bytes:
+        return b""
+
+
+def put(**options: Any) -> httpx.Request:
+    return httpx.Request("PUT", URL, **options)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        httpx.Request("GET", URL),
+        put(content=b"bytes"),
+        put(content="text"),
+        put(json={"a": 1}),
+        put(data={"a": "1"}),
+        put(content=async_chunks()),
+        put(content=chunks()),
+        put(files={"f": io.BytesIO(b"file")}),
+        put(files={"f": ("name", b"bytes")}),
+        put(files={"f": ("name", "text")}, data={"a": "1", "b": ["2", "3"]}),
+        put(files=[("f", io.BytesIO(b"1")), ("f", io.BytesIO(b"2"))]),
+    ],
+    ids=[
+        "no body",
+        "bytes",
+        "text",
+        "json",
+        "form",
+        "async generator, not begun",
+        "generator, not begun",
+        "file",
+        "bytes as a file",
+        "text as a file, and fields",
+        "two files",
+    ],
+)
+def test_bodies_that_can_be_sent_again(request_: httpx.Request) -> None:
+    assert is_replayable(request_)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        put(stream=Unknown()),
+        put(files={"f": Pipe(b"file")}),
+        put(files=[("f", io.BytesIO(b"1")), ("f", Pipe(b"2"))]),
+        put(files={"f": ReadOnly()}),
+    ],
+    ids=["unknown", "file that cannot seek", "one of two files", "hardly a file"],
+)
+def test_bodies_that_cannot(request_: httpx.Request) -> None:
+    assert not is_replayable(request_)
+
+
+@pytest.mark.anyio
+async def test_a_body_that_was_begun_cannot_be_sent_again_whoever_began_it() -> None:
+    request = put(content=async_chunks())
+    assert isinstance(request.stream, httpx.AsyncByteStream)
+    stream = request.stream.__aiter__()
+    assert isinstance(stream, AsyncGenerator)
+    await anext(stream)
+    assert not is_replayable(request)
+    assert [chunk async for chunk in stream] == []
+
+
+def test_a_generator_that_was_begun_cannot_be_sent_again() -> None:
+    request = put(content=chunks())
+    assert isinstance(request.stream, httpx.SyncByteStream)
+    assert list(request.stream) == [b"chunk"]
+    assert not is_replayable(request)
+
+
+@pytest.mark.anyio
+async def test_a_body_that_was_read_into_memory_can_be_sent_again() -> None:
+    request = put(content=async_chunks())
+    await request.aread()
+    assert is_replayable(request)
+
+
+def test_a_file_that_was_closed_meanwhile_cannot_be_sent_again() -> None:
+    with tempfile.TemporaryFile() as file:
+        request = put(files={"f": file})
+        assert is_replayable(request)
+    assert not is_replayable(request)
+
+
+# Retry-After
+
+
+def asked(value: str | bytes, date: str | None = None) -> float | None:
+    headers = [(b"Retry-After", value.encode() if isinstance(value, str) else value)]
+    if date is not None:
+        headers.append((b"Date", date.encode()))
+    return retry_after(httpx.Response(503, headers=headers))
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("1", 1.0), ("120", 120.0), ("007", 7.0), (" 5\t", 5.0), ("9999999999", 9999999999.0)],
+)
+def test_digits_are_seconds(value: str, seconds: float) -> None:
+    assert asked(value) == seconds
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "0",
+        "0000000000",
+        "-1",
+        "+1",
+        "1.5",
+        "1e3",
+        "1,2",
+        "1 2",
+        "1s",
+        "0x10",
+        "1_000",
+        "NaN",
+        "inf",
+        "10000000000",
+        "9" * 4000,
+        "soon",
+        "GMT",
+        "99999 GMT",
+        "Wed, 99 Oct 2015 07:28:00 GMT",
+        "Wed, 21 Oct 99999 07:28:00 GMT",
+    ],
+)
+def test_anything_else_says_nothing_usable(value: str) -> None:
+    assert asked(value, DATE) is None
+
+
+@pytest.mark.parametrize("value", ["\u0661\u0662", "\uff11\uff12", "\u00b2"])
+def test_digits_of_other_scripts_say_nothing(value: str) -> None:
+    assert asked(value.encode()) is None
+    assert asked(value.encode("utf-16-be")) is None
+
+
+def test_no_retry_after_says_nothing() -> None:
+    assert retry_after(httpx.Response(503)) is None
+
+
+def test_two_of_them_are_a_list_and_say_nothing() -> None:
+    assert retry_after(httpx.Response(503, headers=[("Retry-After", "1"), ("Retry-After", "2")])) is None
+
+
+@pytest.mark.parametrize(
+    ("until", "seconds"),
+    [
+        ("Sun, 06 Nov 1994 08:49:38 GMT", 1.0),
+        ("Sun, 06 Nov 1994 08:51:37 GMT", 120.0),
+        ("Sunday, 06-Nov-94 08:50:37 GMT", 60.0),
+        ("Mon, 06 Nov 1995 08:49:37 GMT", 365 * 86400.0),
+    ],
+)
+def test_a_date_is_measured_against_the_responses_own(until: str, seconds: float) -> None:
+    assert asked(until, DATE) == seconds
+
+
+@pytest.mark.parametrize("until", [DATE, "Sun, 06 Nov 1994 08:49:36 GMT", "Thu, 01 Jan 1970 00:00:00 GMT"])
+def test_a_date_that_is_not_ahead_says_nothing(until: str) -> None:
+    assert asked(until, DATE) is None
+
+
+@pytest.mark.parametrize("date", [None, "", "now", "Sun, 06 Nov 1994 08:49:37 +0000"])
+def test_a_date_without_a_date_to_measure_it_against_says_nothing(date: str | None) -> None:
+    assert asked("Fri, 31 Dec 2100 23:59:59 GMT", date) is None
+
+
+@given(st.integers(1, 10**9), st.integers(0, 4 * 10**9))
+@REPEATABLE
+def test_every_date_ahead_is_as_many_seconds_away_as_it_is(ahead: int, now: int) -> None:
+    until = email.utils.formatdate(now + ahead, usegmt=True)
+    assert asked(until, email.utils.formatdate(now, usegmt=True)) == ahead
+
+
+ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)
+
+
+@given(st.one_of(ASCII, ASCII.map(lambda text: text + " GMT"), st.from_regex(r"\A[0-9:, A-Z-]{0,40}GMT\Z")))
+@example("Sun, 06 Nov 1994 08:49:37 GMT")
+@settings(REPEATABLE, max_examples=50)
+def test_whatever_a_server_says_is_a_wait_or_nothing(value: str) -> None:
+    for date in (DATE, value):
+        seconds = asked(value, date)
+        assert seconds is None or seconds > 0
+
+
+# Reading under a bound
+
+
+class Body(httpx.AsyncByteStream):
+    """A body in pieces, which ends once it is closed, and tells how many pieces were taken of it.
+
+    A piece that is an exception is raised.
+    """
+
+    def __init__(self, *pieces: bytes | httpx.RequestError) -> None:
+        self.pieces = pieces
+        self.taken = 0
+        self.closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self.pieces:
+            if self.closed:
+                return
+            self.taken += 1
+            if isinstance(piece, httpx.RequestError):
+                raise piece
+            yield piece
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+CUT = httpx.ReadError("cut")
+GZIP = {"Content-Encoding": "gzip"}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("limit", [None, 6, 100])
+@pytest.mark.parametrize("truncate", [False, True])
+async def test_a_body_within_the_bound_is_read_whole_and_closed(limit: int | None, truncate: bool) -> None:
+    body = Body(b"abc", b"def")
+    response = httpx.Response(200, stream=body)
+    await read_bounded(response, limit, truncate=truncate)
+    assert response.content == b"abcdef"
+    assert response.text == "abcdef"
+    assert body.closed
+    assert response.is_closed
+
+
+@pytest.mark.anyio
+async def test_an_empty_body_is_within_every_bound() -> None:
+    response = httpx.Response(200, stream=Body())
+    await read_bounded(response, 0)
+    assert response.content == b""
+
+
+@pytest.mark.anyio
+async def test_a_longer_body_is_refused_before_the_rest_of_it_is_taken() -> None:
+    body = Body(*[b"abc"] * 100)
+    with pytest.raises(MalformedResponseError, match="max_response_bytes=5"):
+        await read_bounded(httpx.Response(200, stream=body), 5)
+    assert body.taken <= 3
+    assert body.closed
+
+
+@pytest.mark.anyio
+async def test_a_body_whose_last_piece_is_too_much_is_refused() -> None:
+    with pytest.raises(MalformedResponseError):
+        await read_bounded(httpx.Response(200, stream=Body(b"abcdef")), 5)
+
+
+class InMemory(Body):
+    """A body that does not end when it is closed, as those that mocking tools make."""
+
+    async def aclose(self) -> None:
+        """There is nothing to close."""
+
+
+@pytest.mark.anyio
+async def test_what_comes_of_a_body_that_was_closed_is_thrown_away() -> None:
+    response = httpx.Response(500, stream=InMemory(*[b"abc"] * 10))
+    await read_bounded(response, 5, truncate=True)
+    assert response.content == b"abcab"
+    with pytest.raises(MalformedResponseError):
+        await read_bounded(httpx.Response(200, stream=InMemory(*[b"abc"] * 10)), 5)
+
+
+@pytest.mark.anyio
+async def test_a_longer_body_that_is_only_to_be_shown_is_cut_at_the_bound() -> None:
+    body = Body(*[b"abc"] * 100)
+    response = httpx.Response(500, stream=body)
+    await read_bounded(response, 5, truncate=True)
+    assert response.content == b"abcab"
+    assert body.taken <= 3
+    assert body.closed
+
+
+@pytest.mark.anyio
+async def test_a_body_that_breaks_off_is_the_errors_or_kept_as_far_as_it_came_to_be_shown() -> None:
+    with pytest.raises(httpx.ReadError):
+        await read_bounded(httpx.Response(200, stream=Body(b"abc", CUT)), 100)
+    response = httpx.Response(500, stream=Body(b"abc", CUT))
+    await read_bounded(response, 100, truncate=True)
+    assert response.content == b"abc"
+
+
+@pytest.mark.anyio
+async def test_a_body_that_breaks_off_behind_the_bound_was_too_long_already() -> None:
+    with pytest.raises(MalformedResponseError):
+        await read_bounded(httpx.Response(200, stream=Body(b"abcdef", CUT)), 5)
+
+
+@pytest.mark.anyio
+async def test_the_bound_is_on_the_decoded_body() -> None:
+    small = gzip.compress(b"x" * 10_000)
+    with pytest.raises(MalformedResponseError):
+        await read_bounded(httpx.Response(200, headers=GZIP, stream=Body(small)), 9_999)
+    response = httpx.Response(200, headers=GZIP, stream=Body(small))
+    await read_bounded(response, 10_000)
+    assert response.content == b"x" * 10_000
+
+
+class Holding:
+    """A content decoder that gives out everything at the end."""
+
+    def __init__(self) -> None:
+        self.held = b""
+
+    def decode(self, data: bytes) -> bytes:
+        self.held += data
+        return b""
+
+    def flush(self) -> bytes:
+        return self.held
+
+
+@pytest.mark.anyio
+async def test_what_a_decoder_kept_until_the_end_counts_too() -> None:
+    response = httpx.Response(200, stream=Body(b"abc", b"def"))
+    response._decoder = Holding()  # type: ignore[assignment]
+    with pytest.raises(MalformedResponseError):
+        await read_bounded(response, 5)
+
+
+@pytest.mark.anyio
+async def test_a_body_that_was_already_read_is_held_to_the_bound_too() -> None:
+    response = httpx.Response(200, content=b"abcdef")
+    await read_bounded(response, None)
+    await read_bounded(response, 6)
+    await read_bounded(response, 5, truncate=True)
+    assert response.content == b"abcdef"
+    with pytest.raises(MalformedResponseError):
+        await read_bounded(response, 5)
+
+
+@pytest.mark.anyio
+async def test_who_streams_gets_as_much_as_the_bound_and_an_error_for_more() -> None:
+    response = httpx.Response(200, stream=Body(b"abc", b"def"))
+    bound_body(response, 6)
+    assert [chunk async for chunk in response.aiter_bytes()] == [b"abc", b"def"]
+
+    response = httpx.Response(200, stream=Body(b"abc", b"def", b"ghi"))
+    bound_body(response, 5)
+    stream = response.aiter_bytes()
+    assert await anext(stream) == b"abc"
+    assert await anext(stream) == b"de"
+    with pytest.raises(MalformedResponseError, match="max_response_bytes=5"):
+        await anext(stream)
+    await response.aclose()
