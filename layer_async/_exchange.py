@@ -35,8 +35,8 @@ class ExchangeRecord:
     went out (a TLS handshake or CONNECT does not count); `response_started`, whether a byte of the answer came;
     `head_received`, whether its head was complete; `reused`, whether the connection had served before. `phase` says
     what the call is doing, `slot` is the slot it holds, `attempts` and `maybe_processed` grow with each attempt.
-    `idempotent` is the caller's word on an unsafe method; `rate_limited_attempts` overrides the policy's bound on 429s
-    (0: no bound). `fresh` asks the transport for a new connection, since an idle one has just turned out to be dead.
+    `idempotent` is the caller's word on an unsafe method. `is_patient`: the call belongs to a bulk, and waits out any
+    number of 429s. `fresh` asks the transport for a new connection, since an idle one has just turned out to be dead.
     """
 
     bytes_written: int | None = None
@@ -48,7 +48,7 @@ class ExchangeRecord:
     attempts: list[AttemptInfo] = attrs.field(factory=list)
     maybe_processed: bool = False
     idempotent: bool | None = None
-    rate_limited_attempts: int | None = None
+    is_patient: bool = False
     fresh: bool = False
 
     @classmethod

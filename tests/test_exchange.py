@@ -71,13 +71,13 @@ def test_a_new_attempt_forgets_the_transports_notes_and_nothing_else() -> None:
         attempts=[attempt],
         maybe_processed=True,
         idempotent=True,
-        rate_limited_attempts=0,
+        is_patient=True,
         fresh=True,
     )
     record.begin_attempt()
     assert (record.bytes_written, record.response_started, record.head_received, record.reused) == (None,) * 4
     assert record.attempts == [attempt]
-    assert (record.maybe_processed, record.idempotent, record.rate_limited_attempts) == (True, True, 0)
+    assert (record.maybe_processed, record.idempotent, record.is_patient) == (True, True, True)
     assert record.fresh
 
 

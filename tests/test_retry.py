@@ -410,11 +410,11 @@ async def test_429s_leave_the_other_attempts_as_they_are() -> None:
     assert script.calls == 9
 
 
-@pytest.mark.parametrize(("bound", "calls"), [(2, 2), (0, 31)])
-async def test_the_calls_own_bound_on_429s_goes_before_the_policys(bound: int, calls: int) -> None:
+@pytest.mark.parametrize(("gate", "calls"), [(True, 31), (False, 10)])
+async def test_a_patient_call_waits_out_any_number_of_429s_at_a_gate(gate: bool, calls: int) -> None:
     request, script = get(), Script(*[429] * 30, 200)
-    ExchangeRecord.of(request).rate_limited_attempts = bound
-    await Bench().send(request, script)
+    ExchangeRecord.of(request).is_patient = True
+    await Bench(gate=FakeGate() if gate else None).send(request, script)
     assert script.calls == calls
 
 

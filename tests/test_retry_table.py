@@ -28,14 +28,8 @@ from layer_async._errors import (
     UnprocessableEntityError,
 )
 from layer_async._exchange import ExchangeRecord
-from layer_async._retry import (
-    Decision,
-    Failure,
-    RetryBudget,
-    RetryPolicy,
-    classify_failure,
-    is_safe_to_repeat,
-)
+from layer_async._failures import Failure, classify_failure, is_safe_to_repeat
+from layer_async._retry import Decision, RetryBudget, RetryPolicy
 
 Outcome = httpx.Response | httpx.RequestError | APIStatusError
 
@@ -496,13 +490,18 @@ def test_one_attempt_is_one_attempt_even_on_a_stale_connection() -> None:
 @pytest.mark.parametrize("past", [0, 1, 10, 5000])
 def test_no_bound_on_rate_limited_attempts_is_no_bound(past: int) -> None:
     limited = failed(429)
-    assert RetryPolicy().decide(limited, [limited] * past, safe=False, rate_limited_attempts=0).retry
     assert RetryPolicy(rate_limited_attempts=0).decide(limited, [limited] * past, safe=False).retry
 
 
-def test_the_calls_own_bound_on_rate_limited_attempts_goes_before_the_policys() -> None:
-    limited = failed(429)
-    assert not RetryPolicy().decide(limited, [limited], safe=True, rate_limited_attempts=2).retry
+def test_a_patient_call_waits_out_any_429_and_is_like_others_in_everything_else() -> None:
+    limited = failed(429, retry_after="3600")
+    decision = RetryPolicy().decide(limited, [limited] * 5000, safe=False, time_left=1.0, patient=True)
+    assert (decision.retry, decision.at_gate, decision.delay) == (True, True, 3600.0)
+    too_long = RetryPolicy().decide(failed(429, retry_after="3601"), safe=False, patient=True)
+    assert (too_long.refused, too_long.at_gate) == ("retry-after", False)
+    assert RetryPolicy(retry_after_max=4000).decide(failed(429, retry_after="3601"), safe=False, patient=True).retry
+    assert RetryPolicy().decide(failed(503, retry_after="61"), safe=True, patient=True).refused == "retry-after"
+    assert RetryPolicy().decide(failed(503), safe=True, time_left=0.1, patient=True).refused == "deadline"
 
 
 def test_a_stale_connection_is_replaced_at_once_only_the_first_time_whatever_it_broke() -> None:
