@@ -1,0 +1,1124 @@
+"""Bulk: workers over one iterator, one outcome for each item, and nothing left behind however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import itertools
+import pathlib
+import pickle
+import sys
+import traceback
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing
+from typing import Any, assert_type
+
+import anyio
+import anyio.lowlevel
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layer_async._bulk import Bulk, ItemRecord, Outcome, Outcomes, current_item, run_all
+from layer_async._errors import ClientClosedError, ConfigurationError, NotFoundError
+
+pytestmark = pytest.mark.anyio
+
+BACKENDS = ("asyncio", "trio")
+checkpoint = anyio.lowlevel.checkpoint
+
+
+async def double(number: int) -> int:
+    await checkpoint()
+    return 2 * number
+
+
+async def ticks(count: int) -> None:
+    for _ in range(count):
+        await checkpoint()
+
+
+async def rest() -> None:
+    """Let everything run until it waits: anyio's own `wait_all_tasks_blocked` polls asyncio every 100 ms."""
+    await ticks(50)
+
+
+def living() -> int:
+    """How many tasks there are, on either event loop."""
+    return len(anyio.get_running_tasks())
+
+
+async def drain(bulk: Bulk[Any, Any, Any], received: list[Any] | None = None) -> list[Any]:
+    """Receive all outcomes; `received` has the items of those that came, even if it ends in an exception."""
+    received = [] if received is None else received
+    async with bulk as outcomes:
+        async for outcome in outcomes:
+            received.append(outcome.item)
+    return received
+
+
+class Crew:
+    """A call that counts how many of it are under way, and can be held up."""
+
+    def __init__(self) -> None:
+        self.active = 0
+        self.most = 0
+        self.begun: list[int] = []
+        self.gate = anyio.Event()
+
+    async def __call__(self, number: int) -> int:
+        self.begun.append(number)
+        self.active += 1
+        self.most = max(self.most, self.active)
+        try:
+            await self.gate.wait()
+        finally:
+            self.active -= 1
+        return number
+
+
+class Numbers:
+    """An endless generator in a box: knows how many items were pulled, and whether it was closed."""
+
+    def __init__(self, last: int | None = None, *, error: Exception | None = None) -> None:
+        self.pulled = 0
+        self.closed = False
+        self.pulling = False
+        self.last = last
+        self.error = error
+
+    def numbers(self) -> Iterator[int]:
+        for number in itertools.count():
+            if number == self.last:
+                return
+            self.pulled += 1
+            yield number
+
+    def sync(self) -> Iterator[int]:
+        try:
+            yield from self.numbers()
+            if self.error:
+                raise self.error
+        finally:
+            self.closed = True
+
+    async def asynchronous(self) -> AsyncIterator[int]:
+        try:
+            for number in self.numbers():
+                assert not self.pulling, "two pulls at once"
+                self.pulling = True
+                await checkpoint()
+                self.pulling = False
+                yield number
+            if self.error:
+                raise self.error
+        finally:
+            self.closed = True
+            with anyio.CancelScope(shield=True):
+                await ticks(3)
+
+
+def sources(numbers: Numbers) -> dict[str, Callable[[], Iterable[int] | AsyncIterable[int]]]:
+    return {"sync": numbers.sync, "async": numbers.asynchronous}
+
+
+both_kinds = pytest.mark.parametrize("kind", ["sync", "async"])
+
+
+# Outcomes
+
+
+async def test_each_item_gives_one_outcome_and_a_failed_one_does_not_end_the_run() -> None:
+    async def call(number: int) -> int:
+        await checkpoint()
+        if number % 3 == 0:
+            raise ValueError(number)
+        return 2 * number
+
+    async with Bulk(range(10), call, workers=4) as outcomes:
+        got = {outcome.item: outcome async for outcome in outcomes}
+    assert sorted(got) == list(range(10))
+    for number, outcome in got.items():
+        assert outcome.key == number
+        assert outcome.ok == (number % 3 != 0)
+        assert outcome.elapsed >= 0
+        assert outcome.attempts is None
+        if outcome.ok:
+            assert outcome.unwrap() == outcome.value == 2 * number
+            assert outcome.error is None
+        else:
+            assert outcome.value is None
+            with pytest.raises(ValueError, match=str(number)) as caught:
+                outcome.unwrap()
+            assert caught.value is outcome.error
+
+
+async def test_an_exception_of_the_call_before_its_first_await_is_an_outcome_too() -> None:
+    def call(number: int) -> Awaitable[int]:
+        raise AssertionError("a mocking tool says no")
+
+    async with Bulk([1], call, workers=1) as outcomes:
+        (outcome,) = [outcome async for outcome in outcomes]
+    assert isinstance(outcome.error, AssertionError)
+
+
+async def test_outcomes_come_as_they_complete() -> None:
+    first_may_end = anyio.Event()
+
+    async def call(number: int) -> int:
+        if number == 0:
+            await first_may_end.wait()
+        return number
+
+    got = []
+    async with Bulk(range(5), call, workers=2) as outcomes:
+        async for outcome in outcomes:
+            got.append(outcome.item)
+            if len(got) == 4:
+                first_may_end.set()
+    assert got == [1, 2, 3, 4, 0]
+
+
+async def test_ordered_outcomes_come_in_the_order_of_the_items() -> None:
+    async def call(number: int) -> int:
+        await ticks(20 - number)
+        return number
+
+    async with Bulk(range(20), call, workers=5, ordered=True) as outcomes:
+        assert [outcome.unwrap() async for outcome in outcomes] == list(range(20))
+
+
+async def test_key_names_the_outcomes_and_is_asked_once_an_item_in_their_order() -> None:
+    asked = []
+
+    def key(number: int) -> str:
+        asked.append(number)
+        return f"n{number}"
+
+    async with Bulk(Numbers(30).asynchronous(), double, key=key, workers=3) as outcomes:
+        assert_type(outcomes, Outcomes[str, int, int])
+        async for outcome in outcomes:
+            assert_type(outcome.key, str)
+            assert_type(outcome.item, int)
+            assert outcome.key == f"n{outcome.item}"
+    assert asked == list(range(30))
+
+
+async def test_without_key_the_item_is_its_own_key_and_the_types_say_so() -> None:
+    bulk = Bulk([1], double, workers=1)
+    assert_type(bulk, Bulk[int, int])
+    async with bulk as outcomes:
+        async for outcome in outcomes:
+            assert_type(outcome, Outcome[int, int])
+            assert_type(outcome.unwrap(), int)
+            assert outcome.key is outcome.item
+
+
+@pytest.mark.parametrize("items", [[3, 4], (3, 4), {3: "x", 4: "y"}, range(3, 5), {3, 4}])
+async def test_any_iterable_will_do(items: Iterable[int]) -> None:
+    async with Bulk(items, double, workers=2, ordered=True) as outcomes:
+        assert [outcome.unwrap() async for outcome in outcomes] == [6, 8]
+
+
+async def test_bare_iterators_that_cannot_be_iterated_themselves_will_do() -> None:
+    """`iter` and `aiter` ask only for `__next__` and `__anext__` of what they return."""
+
+    class Countdown:
+        left = 3
+
+        def __next__(self) -> int:
+            if not self.left:
+                raise StopIteration
+            self.left -= 1
+            return self.left
+
+    class AsyncCountdown(Countdown):
+        async def __anext__(self) -> int:
+            try:
+                return next(self)
+            except StopIteration:
+                raise StopAsyncIteration from None
+
+    class Items:
+        def __iter__(self) -> Countdown:
+            return Countdown()
+
+    class AsyncItems:
+        def __aiter__(self) -> AsyncCountdown:
+            return AsyncCountdown()
+
+    items: Any
+    for items in (Items(), AsyncItems()):
+        async with Bulk(items, double, workers=2, ordered=True) as outcomes:
+            assert [outcome.unwrap() async for outcome in outcomes] == [4, 2, 0]
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@both_kinds
+async def test_no_items_give_no_outcomes(kind: str, ordered: bool) -> None:
+    async with Bulk(sources(Numbers(0))[kind](), double, workers=3, ordered=ordered) as outcomes:
+        assert [outcome async for outcome in outcomes] == []
+
+
+async def test_an_async_iterable_that_is_also_sync_is_iterated_asynchronously() -> None:
+    class Rows:
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("this blocks")
+
+        async def __aiter__(self) -> AsyncIterator[int]:
+            yield 1
+
+    async with Bulk(Rows(), double, workers=1) as outcomes:
+        assert [outcome.unwrap() async for outcome in outcomes] == [2]
+
+
+async def test_unwrapping_twice_does_not_grow_the_traceback() -> None:
+    async def call(number: int) -> int:
+        raise ValueError(number)
+
+    async with Bulk([1], call, workers=1) as outcomes:
+        (outcome,) = [outcome async for outcome in outcomes]
+
+    def names() -> list[str]:
+        with pytest.raises(ValueError, match="1") as caught:
+            outcome.unwrap()
+        return [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+
+    once = names()
+    assert once[-1] == "call"
+    assert once == names() == names()
+
+
+async def test_an_error_is_not_held_by_the_frames_of_its_own_traceback() -> None:
+    async def call(number: int) -> int:
+        raise ValueError(number)
+
+    async with Bulk([1], call, workers=1) as outcomes:
+        (outcome,) = [outcome async for outcome in outcomes]
+    assert outcome.error is not None
+    frames = [frame for frame, _ in traceback.walk_tb(outcome.error.__traceback__)]
+    assert len(frames) == 2
+    for frame in frames:
+        assert not any(isinstance(held, Outcome | BaseException) for held in frame.f_locals.values())
+
+
+async def test_outcomes_are_frozen_and_can_be_pickled_and_copied() -> None:
+    async def call(number: int) -> int:
+        raise NotFoundError("gone", status_code=404)
+
+    async with Bulk([1], call, workers=1) as outcomes:
+        (outcome,) = [outcome async for outcome in outcomes]
+    for twin in (pickle.loads(pickle.dumps(outcome)), copy.deepcopy(outcome), copy.copy(outcome)):
+        assert (twin.item, twin.key, twin.elapsed) == (1, 1, outcome.elapsed)
+        with pytest.raises(NotFoundError, match="gone"):
+            twin.unwrap()
+    with pytest.raises(AttributeError):
+        outcome.value = 3  # type: ignore[misc]
+    assert repr(outcome).startswith("Outcome(item=1, key=1, value=None, error=NotFoundError")
+
+
+async def test_elapsed_is_the_time_of_the_call_in_seconds_on_the_loops_own_clock() -> None:
+    async def call(number: int) -> float:
+        began = anyio.current_time()
+        await anyio.sleep(0.002)
+        return anyio.current_time() - began
+
+    async with Bulk([1], call, workers=1) as outcomes:
+        outcome = await anext(outcomes)
+    assert outcome.elapsed >= outcome.unwrap() > 0
+
+
+# The record of the item
+
+
+async def test_a_call_tells_its_attempts_through_the_record_of_its_item_from_child_tasks_too() -> None:
+    seen: list[ItemRecord] = []
+
+    async def attempt() -> None:
+        record = current_item.get()
+        assert record is not None
+        assert record.bulk
+        record.attempts = (record.attempts or 0) + 1
+        seen.append(record)
+
+    async def call(number: int) -> None:
+        async with anyio.create_task_group() as group:
+            for _ in range(number):
+                group.start_soon(attempt)
+        if number == 3:
+            raise ValueError
+
+    async with Bulk(range(6), call, workers=2, ordered=True) as outcomes:
+        attempts = [outcome.attempts async for outcome in outcomes]
+    assert attempts == [None, 1, 2, 3, 4, 5]
+    assert len({id(record) for record in seen}) == 5
+
+
+async def test_the_items_the_key_and_the_loop_body_work_for_no_item() -> None:
+    async def items() -> AsyncIterator[int]:
+        for number in range(6):
+            assert current_item.get() is None
+            await checkpoint()
+            yield number
+
+    def key(number: int) -> int:
+        assert current_item.get() is None
+        return number
+
+    async with Bulk(items(), double, key=key, workers=2) as outcomes:
+        async for _ in outcomes:
+            assert current_item.get() is None
+
+
+async def test_a_bulk_inside_a_call_pulls_its_items_for_the_outer_item() -> None:
+    async def inner(number: int) -> ItemRecord | None:
+        return current_item.get()
+
+    async def outer(number: int) -> None:
+        mine = current_item.get()
+        assert mine is not None
+
+        async def items() -> AsyncIterator[int]:
+            assert current_item.get() is mine
+            yield 1
+            assert current_item.get() is mine
+
+        assert mine not in await run_all(items(), inner, workers=1)
+        assert current_item.get() is mine
+
+    await run_all(range(3), outer, workers=2)
+
+
+# Workers, window, memory
+
+
+@pytest.mark.parametrize("workers", [1, 3, 7])
+async def test_at_most_workers_calls_are_under_way(workers: int) -> None:
+    crew = Crew()
+    before = living()
+    async with Bulk(itertools.count(), crew, workers=workers) as outcomes:
+        await rest()
+        assert living() == before + workers
+        assert crew.begun == list(range(workers))
+        crew.gate.set()
+        for _ in range(100):
+            await anext(outcomes)
+            assert living() == before + workers
+    assert crew.most == workers
+    assert crew.active == 0
+    assert living() == before
+
+
+async def test_few_items_call_few_workers_to_work() -> None:
+    crew = Crew()
+    before = living()
+    bulk = Bulk(range(2), crew, workers=1000)
+    async with bulk as outcomes:
+        await rest()
+        assert len(bulk._scopes) == 5
+        assert living() == before + 2  # the others have found no item, and are gone
+        crew.gate.set()
+        assert len([outcome async for outcome in outcomes]) == 2
+
+
+@both_kinds
+async def test_nothing_is_pulled_before_a_worker_is_free(kind: str) -> None:
+    numbers, crew = Numbers(), Crew()
+    async with Bulk(sources(numbers)[kind](), crew, workers=3):
+        await rest()
+        assert numbers.pulled == 3
+
+
+@pytest.mark.parametrize(("ordered", "window"), [(False, 6), (True, 12)])
+@both_kinds
+async def test_workers_stop_when_the_loop_is_slow_and_go_on_with_it(kind: str, ordered: bool, window: int) -> None:
+    numbers = Numbers()
+    async with Bulk(sources(numbers)[kind](), double, workers=3, ordered=ordered) as outcomes:
+        for received in range(1, 50):
+            await anext(outcomes)
+            await rest()
+            assert numbers.pulled == received + window
+
+
+async def test_a_slow_item_at_the_head_holds_up_a_bounded_number_of_ordered_outcomes() -> None:
+    head = anyio.Event()
+    numbers = Numbers(100)
+
+    async def call(number: int) -> int:
+        if number == 0:
+            await head.wait()
+        return number
+
+    async with Bulk(numbers.sync(), call, workers=3, ordered=True) as outcomes:
+        await rest()
+        assert numbers.pulled == 12
+        with anyio.move_on_after(0.001):
+            await anext(outcomes)
+            raise AssertionError("the head has no outcome yet")
+        head.set()
+        assert [outcome.item async for outcome in outcomes] == list(range(100))
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_memory_does_not_grow_with_the_number_of_items(ordered: bool, anyio_backend: str) -> None:
+    """No more than the window is ever held; and Python holds no more objects late in the run than early in it."""
+    count = 100_000 if anyio_backend == "asyncio" and not ordered else 20_000
+    bulk = Bulk(range(count), _echo, workers=10, ordered=ordered)
+    received, early = 0, 0
+    async with bulk as outcomes:
+        async for _ in outcomes:
+            received += 1
+            assert len(bulk._hand_over.line) <= bulk._hand_over.window
+            if received == 1000:
+                gc.collect()
+                early = sys.getallocatedblocks()
+        gc.collect()
+        late = sys.getallocatedblocks()
+    assert received == count
+    assert late - early < 1000
+
+
+async def _echo(item: int) -> int:
+    return item
+
+
+async def test_a_run_of_calls_and_a_loop_body_that_never_wait_can_be_cancelled() -> None:
+    with anyio.move_on_after(0.005) as scope:
+        async with Bulk(itertools.count(), _echo, workers=2) as outcomes:
+            async for _ in outcomes:
+                pass
+    assert scope.cancelled_caught
+
+
+# Errors that end the run
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@both_kinds
+async def test_an_exception_of_the_items_is_raised_after_the_outcomes_of_all_before_it(
+    kind: str, ordered: bool
+) -> None:
+    error = OSError("page 7 is gone")
+    numbers = Numbers(7, error=error)
+    got: list[int] = []
+    before = living()
+    with pytest.raises(OSError, match="page 7") as caught:
+        await drain(Bulk(sources(numbers)[kind](), double, workers=4, ordered=ordered), got)
+    assert caught.value is error
+    assert sorted(got) == list(range(7))
+    assert living() == before
+
+
+async def test_an_exception_of_the_key_ends_the_run_as_itself() -> None:
+    got: list[int] = []
+    numbers = Numbers()
+    with pytest.raises(ZeroDivisionError):
+        await drain(Bulk(numbers.sync(), double, key=lambda number: 1 // (5 - number), workers=3), got)
+    assert sorted(got) == [0, 1, 2, 3, 4]
+    assert numbers.pulled == 6
+    assert numbers.closed
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_a_closed_client_ends_the_run_after_the_calls_under_way(ordered: bool) -> None:
+    release = anyio.Event()
+    numbers = Numbers()
+
+    pulled = 0
+
+    async def call(number: int) -> int:
+        nonlocal pulled
+        if number == 2:
+            await rest()
+            pulled = numbers.pulled
+            raise ClientClosedError("the client is closed.")
+        if number == 3:
+            await release.wait()
+        return number
+
+    async def release_later() -> None:
+        await ticks(200)
+        release.set()
+
+    got: list[int] = []
+    async with anyio.create_task_group() as group:
+        group.start_soon(release_later)
+        with pytest.raises(ClientClosedError) as caught:
+            await drain(Bulk(numbers.sync(), call, workers=4, ordered=ordered), got)
+    assert caught.value.__context__ is None
+    assert numbers.pulled == pulled, "nothing is pulled once the client is closed"
+    assert sorted(got) == [number for number in range(pulled) if number != 2]
+    assert 3 in got
+
+
+async def test_the_error_is_raised_once_and_the_outcomes_are_over() -> None:
+    async with Bulk(Numbers(0, error=OSError()).sync(), double, workers=1) as outcomes:
+        with pytest.raises(OSError):  # noqa: PT011
+            await anext(outcomes)
+        with pytest.raises(StopAsyncIteration):
+            await anext(outcomes)
+
+
+async def test_a_call_that_is_not_async_is_refused_with_a_clear_error() -> None:
+    numbers = Numbers()
+    call: Any = lambda number: number  # noqa: E731
+    with pytest.raises(ConfigurationError, match="must be an async function: it returned int"):
+        await drain(Bulk(numbers.sync(), call, workers=2))
+    assert numbers.pulled <= 2
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt, which asyncio lets fall out of the event loop itself."""
+
+
+async def test_a_base_exception_of_a_call_ends_the_block_at_once_and_comes_out_as_itself() -> None:
+    async def call(number: int) -> int:
+        await ticks(5)
+        raise Interrupted
+
+    before = living()
+    with pytest.raises(Interrupted) as caught:
+        async with Bulk(itertools.count(), call, workers=3):
+            await anyio.sleep_forever()
+    assert not isinstance(caught.value.__context__, BaseExceptionGroup)
+    with pytest.raises(Interrupted):
+        await drain(Bulk(itertools.count(), call, workers=3))
+    assert living() == before
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_cancellation_that_a_call_catches_from_elsewhere_passes_and_nothing_hangs() -> None:
+    """A call that awaits another task gets that task's CancelledError, without being cancelled itself."""
+
+    async def call(number: int) -> None:
+        other = asyncio.get_running_loop().create_future()
+        other.cancel()
+        await other
+
+    before = living()
+    with pytest.raises(asyncio.CancelledError):
+        await drain(Bulk(itertools.count(), call, workers=3))
+    assert living() == before
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+# Leaving
+
+
+@both_kinds
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_break_cancels_the_workers_and_closes_the_generator(kind: str, ordered: bool) -> None:
+    numbers, crew = Numbers(), Crew()
+    crew.gate.set()
+    before = living()
+    async with Bulk(sources(numbers)[kind](), crew, workers=3, ordered=ordered) as outcomes:
+        async for outcome in outcomes:
+            if outcome.item == 10:
+                crew.gate = anyio.Event()
+                await rest()
+                break
+    assert crew.active == 0
+    assert numbers.closed
+    assert living() == before
+
+
+@both_kinds
+async def test_an_exception_of_the_loop_body_comes_out_as_itself(kind: str) -> None:
+    numbers = Numbers()
+    error = ValueError("mine")
+    before = living()
+
+    async def scenario() -> None:
+        async with Bulk(sources(numbers)[kind](), double, workers=3) as outcomes:
+            async for _ in outcomes:
+                raise error
+
+    with pytest.raises(ValueError, match="mine") as caught:
+        await scenario()
+    assert caught.value is error
+    assert error.__context__ is None
+    assert error.__cause__ is None
+    assert "__aexit__" not in [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    assert numbers.closed
+    assert living() == before
+
+
+async def test_the_block_can_be_left_without_receiving_anything() -> None:
+    numbers = Numbers()
+    async with Bulk(numbers.asynchronous(), double, workers=3):
+        pass
+    assert numbers.pulled <= 3
+
+
+async def test_an_iterator_that_is_no_generator_stays_open_for_its_owner(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "paths.txt"
+    path.write_text("a\nb\nc\n")
+    with path.open() as lines:
+        async with Bulk(lines, _length, workers=1) as outcomes:
+            async for _ in outcomes:
+                break
+        assert not lines.closed
+    send, receive = anyio.create_memory_object_stream[str](1)
+    async with send, receive:
+        send.send_nowait("x")
+        async with Bulk(receive, _length, workers=1) as strings:
+            async for _ in strings:
+                break
+        send.send_nowait("y")
+        assert receive.receive_nowait() == "y"
+
+
+async def _length(text: str) -> int:
+    return len(text)
+
+
+async def test_a_generator_may_await_while_it_is_closed() -> None:
+    """No worker's cancellation reaches into it: it is closed when they are gone, in the caller's own scope."""
+    steps = []
+
+    async def items() -> AsyncIterator[int]:
+        try:
+            for number in itertools.count():
+                yield number
+        finally:
+            await checkpoint()
+            steps.append("closed")
+
+    async with Bulk(items(), double, workers=2) as outcomes:
+        async for _ in outcomes:
+            break
+    assert steps == ["closed"]
+
+
+async def test_what_a_generator_raises_while_it_is_closed_is_raised() -> None:
+    def items() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            raise OSError("cannot close")
+
+    bulk = Bulk(items(), double, workers=2)
+    before = living()
+    await anext(await bulk.__aenter__())
+    with pytest.raises(OSError, match="cannot close"):
+        await bulk.__aexit__(None, None, None)
+    assert living() == before
+
+
+async def test_a_generator_that_swallows_the_cancellation_is_asked_for_nothing_more() -> None:
+    pulled = 0
+
+    async def items() -> AsyncIterator[int]:
+        nonlocal pulled
+        while True:
+            pulled += 1
+            try:
+                await anyio.sleep_forever()
+            except anyio.get_cancelled_exc_class():
+                pass  # wrong, and it happens
+            yield pulled
+
+    async with aclosing(items()) as generator:  # type: ignore[type-var]
+        with anyio.fail_after(5):
+            async with Bulk(generator, double, workers=3):
+                await rest()
+    assert pulled == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_an_exception_of_the_body_survives_a_cancellation_that_comes_while_the_workers_end() -> None:
+    async def call(number: int) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                scope.cancel()
+                await ticks(3)
+
+    with pytest.raises(ValueError, match="mine"), anyio.CancelScope() as scope:  # noqa: PT012
+        async with Bulk([1], call, workers=1):
+            await rest()
+            raise ValueError("mine")
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_body_that_turns_a_native_cancellation_into_its_own_exception_has_its_way() -> None:
+    async def scenario() -> None:
+        async with Bulk(itertools.count(), Crew(), workers=2):
+            try:
+                await anyio.sleep_forever()
+            except asyncio.CancelledError:
+                raise ValueError("mine") from None
+
+    task = asyncio.create_task(scenario())
+    await ticks(5)
+    task.cancel()
+    with pytest.raises(ValueError, match="mine"):
+        await task
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_native_cancellation_while_the_workers_end_is_not_lost_and_not_early() -> None:
+    crew_is_gone = False
+
+    async def call(number: int) -> None:
+        nonlocal crew_is_gone
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                task.cancel()
+                await ticks(5)
+                crew_is_gone = True
+
+    async def scenario() -> None:
+        async with Bulk([1], call, workers=1):
+            await rest()
+
+    task = asyncio.create_task(scenario())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert crew_is_gone
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_asyncio_timeout_around_the_block_is_a_timeout_and_leaves_the_task_uncancelled() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    before = living()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.002), Bulk(itertools.count(), Crew(), workers=3) as outcomes:
+            await anext(outcomes)
+    assert task.cancelling() == 0
+    assert living() == before
+    await checkpoint()
+
+
+async def test_a_loop_that_is_shielded_does_not_wait_for_workers_that_were_cancelled() -> None:
+    with anyio.fail_after(5), anyio.CancelScope() as scope:
+        async with Bulk(itertools.count(), Crew(), workers=2) as outcomes:
+            await rest()
+            scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await rest()
+                async for _ in outcomes:
+                    raise AssertionError("there is no outcome")
+    assert scope.cancelled_caught
+
+
+async def _scenario(numbers: Numbers, kind: str, ordered: bool) -> int:
+    """Everything a run meets: items that wait, calls that wait and fail, a body that waits, an early end."""
+    received = 0
+
+    async def call(number: int) -> int:
+        await ticks(number % 4)
+        if number % 5 == 4:
+            raise ValueError(number)
+        return number
+
+    async with Bulk(sources(numbers)[kind](), call, workers=3, ordered=ordered) as outcomes:
+        async for outcome in outcomes:
+            await ticks(received % 3)
+            received += 1
+            if outcome.item == 12:
+                break
+    return received
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@both_kinds
+async def test_a_cancelled_scope_leaves_nothing_behind_at_any_tick(kind: str, ordered: bool) -> None:
+    before = living()
+    cancelled = 0
+    for tick in itertools.count():
+        numbers = Numbers()
+        finished = False
+        async with anyio.create_task_group() as group:
+            scope = anyio.CancelScope()
+
+            async def cancel_later(scope: anyio.CancelScope = scope, tick: int = tick) -> None:
+                await ticks(tick)
+                scope.cancel()
+
+            group.start_soon(cancel_later)
+            with scope:
+                await _scenario(numbers, kind, ordered)
+                finished = True
+            group.cancel_scope.cancel()
+        assert living() == before
+        assert numbers.closed or numbers.pulled == 0
+        assert scope.cancelled_caught or finished
+        if finished:
+            break
+        cancelled += 1
+    assert cancelled > 10
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("ordered", [False, True])
+@both_kinds
+async def test_a_native_cancel_leaves_nothing_behind_at_any_tick(kind: str, ordered: bool) -> None:
+    before = asyncio.all_tasks()
+    for tick in itertools.count():
+        numbers = Numbers()
+        task = asyncio.create_task(_scenario(numbers, kind, ordered))
+        for _ in range(tick):
+            await asyncio.sleep(0)
+        if task.done():
+            break
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert asyncio.all_tasks() == before
+        assert numbers.closed or numbers.pulled == 0
+    assert tick > 10
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_all_tasks_may_be_cancelled_at_once_as_the_end_of_asyncio_run_does() -> None:
+    before = asyncio.all_tasks()
+    numbers, crew = Numbers(), Crew()
+    task = asyncio.create_task(drain(Bulk(numbers.asynchronous(), crew, workers=3)))
+    await rest()
+    assert crew.active == 3
+    for each in asyncio.all_tasks() - before:
+        each.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert asyncio.all_tasks() == before
+    assert crew.active == 0
+    assert numbers.closed
+
+
+# Wrong use
+
+
+@pytest.mark.parametrize("items", ["/api/x", b"/api/x", bytearray(b"/api/x"), 5, None, object(), double])
+def test_items_that_are_not_many_are_refused(items: Any) -> None:
+    with pytest.raises(ConfigurationError, match="`items`"):
+        Bulk(items, double, workers=1)
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, True, None, "4", float("inf")])
+def test_workers_must_be_a_positive_whole_number(workers: Any) -> None:
+    with pytest.raises(ConfigurationError, match="`workers`"):
+        Bulk([1], double, workers=workers)
+
+
+def test_call_and_key_must_be_functions() -> None:
+    wrong: Any = "get"
+    with pytest.raises(ConfigurationError, match="`call`"):
+        Bulk([1], wrong, workers=1)
+    with pytest.raises(ConfigurationError, match="`key`"):
+        Bulk([1], double, key=wrong, workers=1)
+
+
+async def test_iterating_without_entering_is_refused() -> None:
+    bulk = Bulk([1], double, workers=1)
+    with pytest.raises(ConfigurationError, match="async with"):
+        async for _ in bulk:
+            pass
+
+
+async def test_entering_twice_is_refused() -> None:
+    bulk = Bulk([1], double, workers=1)
+    async with bulk:
+        with pytest.raises(ConfigurationError, match="serves one"):
+            await bulk.__aenter__()
+    with pytest.raises(ConfigurationError, match="serves one"):
+        await bulk.__aenter__()
+
+
+async def test_outcomes_that_have_all_come_are_not_iterated_again() -> None:
+    async with Bulk([1], double, workers=1) as outcomes:
+        assert len([outcome async for outcome in outcomes]) == 1
+        with pytest.raises(ConfigurationError, match="come once"):
+            aiter(outcomes)
+
+
+async def test_a_loop_that_was_left_can_be_gone_on_with() -> None:
+    async with Bulk(range(9), double, workers=2, ordered=True) as outcomes:
+        async for outcome in outcomes:
+            if outcome.item == 3:
+                break
+        assert [outcome.item async for outcome in outcomes] == [4, 5, 6, 7, 8]
+
+
+async def test_outcomes_are_not_received_after_the_block() -> None:
+    async with Bulk(range(9), double, workers=2) as outcomes:
+        await anext(outcomes)
+    with pytest.raises(ConfigurationError, match="has ended"):
+        async for _ in outcomes:
+            pass
+
+
+async def test_two_tasks_cannot_receive_outcomes_at_once() -> None:
+    crew = Crew()
+    async with Bulk(range(4), crew, workers=2) as outcomes, anyio.create_task_group() as group:
+        group.start_soon(anext, outcomes)
+        await rest()
+        with pytest.raises(ConfigurationError, match="another task"):
+            await anext(outcomes)
+        crew.gate.set()
+
+
+async def test_an_outcome_is_not_lost_when_waiting_for_it_is_given_up() -> None:
+    crew = Crew()
+    async with Bulk(range(4), crew, workers=2, ordered=True) as outcomes:
+        with anyio.move_on_after(0.001):
+            await anext(outcomes)
+        crew.gate.set()
+        assert [outcome.item async for outcome in outcomes] == [0, 1, 2, 3]
+
+
+# Settled
+
+
+async def test_an_outcome_is_settled_when_the_loop_body_that_received_it_has_ended() -> None:
+    settled: list[int] = []
+    bulk = Bulk(range(5), double, workers=2, ordered=True)
+    bulk._on_settled = lambda outcome: settled.append(outcome.item)
+    async with bulk as outcomes:
+        async for outcome in outcomes:
+            assert settled == list(range(outcome.item))
+    assert settled == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("leave", ["break", "raise"])
+async def test_the_last_outcome_is_settled_by_a_break_and_not_by_an_exception(leave: str) -> None:
+    settled: list[int] = []
+    bulk = Bulk(range(5), double, workers=2, ordered=True)
+    bulk._on_settled = lambda outcome: settled.append(outcome.item)
+    try:
+        async with bulk as outcomes:
+            async for outcome in outcomes:
+                if outcome.item == 2:
+                    if leave == "break":
+                        break
+                    raise ValueError
+    except ValueError:
+        pass
+    assert settled == ([0, 1, 2] if leave == "break" else [0, 1])
+
+
+# All or nothing
+
+
+@both_kinds
+async def test_run_all_returns_the_values_in_the_order_of_the_items(kind: str) -> None:
+    async def call(number: int) -> int:
+        await ticks(20 - number)
+        return 2 * number
+
+    assert await run_all(sources(Numbers(20))[kind](), call, workers=6) == [2 * number for number in range(20)]
+    assert_type(await run_all([], double, workers=6), list[int])
+    assert await run_all([], double, workers=6) == []
+
+
+async def test_the_first_failure_of_run_all_cancels_the_rest_and_is_raised_as_itself() -> None:
+    crew = Crew()
+    error = ValueError("mine")
+    numbers = Numbers()
+    before = living()
+
+    async def call(number: int) -> int:
+        if number == 2:
+            await rest()
+            raise error
+        return await crew(number)
+
+    with pytest.raises(ValueError, match="mine") as caught:
+        await run_all(numbers.asynchronous(), call, workers=4)
+    assert caught.value is error
+    assert traceback.extract_tb(error.__traceback__)[-1].name == "call"
+    assert error.__context__ is None
+    assert crew.begun[:3] == [0, 1, 3]
+    assert numbers.pulled <= 5  # the worker that failed may have begun another pull before the loop heard of it
+    assert crew.active == 0
+    assert numbers.closed
+    assert living() == before
+
+
+async def test_run_all_does_not_wait_for_calls_when_the_items_fail_or_the_client_is_closed() -> None:
+    crew = Crew()
+    with pytest.raises(OSError, match="no more"):
+        await run_all(Numbers(3, error=OSError("no more")).sync(), crew, workers=5)
+    assert crew.active == 0
+
+    async def call(number: int) -> int:
+        if number == 2:
+            raise ClientClosedError("closed")
+        return await crew(number)
+
+    with pytest.raises(ClientClosedError):
+        await run_all(itertools.count(), call, workers=5)
+    assert crew.active == 0
+
+
+@pytest.mark.parametrize("workers", [0, None])
+async def test_run_all_refuses_what_bulk_refuses(workers: Any) -> None:
+    with pytest.raises(ConfigurationError, match="`workers`"):
+        await run_all([1], double, workers=workers)
+
+
+# Whatever happens
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    backend=st.sampled_from(BACKENDS),
+    latencies=st.lists(st.integers(0, 6), max_size=40),
+    failing=st.sets(st.integers(0, 40)),
+    workers=st.integers(1, 8),
+    ordered=st.booleans(),
+    kind=st.sampled_from(["sync", "async"]),
+    pauses=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    breaks_off=st.booleans(),
+)
+def test_every_item_has_exactly_one_outcome(
+    backend: str,
+    latencies: list[int],
+    failing: set[int],
+    workers: int,
+    ordered: bool,
+    kind: str,
+    pauses: list[int],
+    breaks_off: bool,
+) -> None:
+    error = OSError("the items break off") if breaks_off else None
+    numbers = Numbers(len(latencies), error=error)
+
+    async def call(number: int) -> int:
+        await ticks(latencies[number])
+        if number in failing:
+            raise ValueError(number)
+        return 2 * number
+
+    async def run() -> list[Outcome[int, int]]:
+        got: list[Outcome[int, int]] = []
+        pause = itertools.cycle(pauses)
+        before = living()
+        bulk = Bulk(sources(numbers)[kind](), call, workers=workers, ordered=ordered)
+        try:
+            async with bulk as outcomes:
+                async for outcome in outcomes:
+                    got.append(outcome)
+                    assert numbers.pulled - len(got) <= bulk._hand_over.window
+                    await ticks(next(pause))
+        except OSError:
+            assert error is not None
+        else:
+            assert error is None
+        assert living() == before
+        return got
+
+    got = anyio.run(run, backend=backend)
+    items = [outcome.item for outcome in got]
+    assert (items if ordered else sorted(items)) == list(range(len(latencies)))
+    for outcome in got:
+        assert outcome.ok == (outcome.item not in failing)
+        assert outcome.value == (2 * outcome.item if outcome.ok else None)
+        assert isinstance(outcome.error, ValueError) == (not outcome.ok)
