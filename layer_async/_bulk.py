@@ -25,7 +25,7 @@ from collections.abc import (
 from contextvars import ContextVar
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar, Generic, Never, Self, cast, overload
+from typing import Any, Generic, Never, Self, cast, overload
 
 import anyio
 import attrs
@@ -49,9 +49,13 @@ WINDOW_IN_ORDER = 4
 
 @attrs.define(eq=False)
 class ItemRecord:
-    """What a call tells the bulk it works for: `attempts`, how many attempts it made (None: it does not say)."""
+    """What a call knows of the bulk that it works for, and tells it.
 
-    bulk: ClassVar[bool] = True
+    `is_patient`: the item is to wait out any number of 429s. `attempts`: how many attempts were made for it (None: its
+    call does not say).
+    """
+
+    is_patient: bool = True
     attempts: int | None = None
 
 
@@ -298,6 +302,7 @@ class Bulk(Generic[K, V, T]):
         self._key: Callable[[T], K] | None = key
         self._workers = workers
         self._ordered = ordered
+        self._is_patient = True
         self._on_settled: Callable[[Outcome[K, V, T]], None] | None = None
 
     def __aiter__(self) -> Never:
@@ -376,7 +381,7 @@ class Bulk(Generic[K, V, T]):
         with scope:
             try:
                 while (place := await self._next()) is not None:
-                    record = ItemRecord()
+                    record = ItemRecord(self._is_patient)
                     token = current_item.set(record)
                     outcome = await self._serve(place.item, place.key, record)
                     current_item.reset(token)
@@ -467,6 +472,7 @@ async def run_all(
     bulk = Bulk(items, call, key=lambda _: next(numbers), workers=workers)
     async with bulk as outcomes:
         bulk._hand_over.at_once = True
+        bulk._is_patient = False  # its caller waits for all of it, within the deadline of each call
         async for outcome in outcomes:
             values[outcome.key] = outcome.unwrap()
     return [values[number] for number in range(len(values))]

@@ -69,8 +69,12 @@ class RequestInfo:
     @classmethod
     def of(cls, request: httpx.Request) -> RequestInfo:
         """The method of `request` and its URL, less user, query and fragment."""
-        url = request.url
-        return cls(request.method, f"{url.scheme}://{url.netloc.decode('ascii', 'replace')}{url.path}")
+        return cls.of_url(request.method, request.url)
+
+    @classmethod
+    def of_url(cls, method: str, url: httpx.URL) -> RequestInfo:
+        """`method` and `url`, less user, query and fragment."""
+        return cls(method, f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}")
 
     def __str__(self) -> str:
         return f"{self.method} {self.url}"

@@ -24,19 +24,11 @@ import httpx
 import pytest
 import respx
 
-from layer_async import _auth
-from layer_async._auth import (
-    DualTokenAuth,
-    Origin,
-    TokenPair,
-    TokenSource,
-    env_tokens,
-    file_tokens,
-    keyring_tokens,
-    resolve_tokens,
-)
+from layer_async._auth import DualTokenAuth
 from layer_async._errors import AuthenticationError, ConfigurationError, LayerError, MissingTokensError
 from layer_async._exchange import ExchangeRecord
+from layer_async._origin import Origin
+from layer_async._tokens import TokenPair, TokenSource, env_tokens, file_tokens, keyring_tokens, resolve_tokens
 
 BASE = "https://webapi.thelayer.com"
 
@@ -1509,16 +1501,3 @@ async def test_a_call_shows_its_tokens_in_no_repr_log_or_pickle(caplog: pytest.L
     assert b"primary-" not in pickle.dumps(response.request)
     assert "primary-" not in caplog.text
     assert caplog.records
-
-
-def test_the_room_exports_what_it_promises() -> None:
-    assert set(_auth.__all__) == {
-        "DualTokenAuth",
-        "Origin",
-        "TokenPair",
-        "TokenSource",
-        "env_tokens",
-        "file_tokens",
-        "keyring_tokens",
-        "resolve_tokens",
-    }

@@ -11,8 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from layer_async._auth import DualTokenAuth, MaskedHeaders, Origin, TokenPair, check_headers_shape
+from layer_async._auth import DualTokenAuth
 from layer_async._errors import ConfigurationError
+from layer_async._origin import MaskedHeaders, Origin, check_headers_shape
+from layer_async._tokens import TokenPair
 
 ONE, TWO = "primary-4711", "secondary-0815"
 PAIR = TokenPair(ONE, TWO)

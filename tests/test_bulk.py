@@ -338,7 +338,7 @@ async def test_a_call_tells_its_attempts_through_the_record_of_its_item_from_chi
     async def attempt() -> None:
         record = current_item.get()
         assert record is not None
-        assert record.bulk
+        assert record.is_patient
         record.attempts = (record.attempts or 0) + 1
         seen.append(record)
 
