@@ -1,3 +1,103 @@
-"""Async client SDK for The Layer's web API: two tokens in, a typed answer out."""
+"""Async client SDK for The Layer's web API: two tokens in, a typed answer out.
 
-__version__ = "0.1.0"
+    async with AsyncLayerClient() as client:                       # tokens from LAYER_TOKEN1 and LAYER_TOKEN2
+        customer = await client.get("/api/customers/42", into=Customer)
+
+The door: the public names, and nothing else.
+"""
+
+from ._auth import DualTokenAuth
+from ._bulk import Bulk, Outcome
+from ._client import AsyncLayerClient
+from ._codec import decode
+from ._errors import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    AttemptInfo,
+    AuthenticationError,
+    BadRequestError,
+    ClientClosedError,
+    ConfigurationError,
+    ConflictError,
+    DeadlineExceededError,
+    LayerError,
+    MalformedResponseError,
+    MissingTokensError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestInfo,
+    ResponseDecodeError,
+    ServerError,
+    UnprocessableEntityError,
+)
+from ._options import BodyOptions, CallOptions, ViewOptions
+from ._pool import ConnectionPool, PoolStats
+from ._retry import CallNext, Middleware, RetryBudget, RetryMiddleware, RetryPolicy
+from ._telemetry import (
+    AttemptFinished,
+    CallFinished,
+    Event,
+    GateShut,
+    LoggingObserver,
+    Observer,
+    RetryScheduled,
+    TokensRefreshed,
+)
+from ._tokens import TokenPair, TokenSource, env_tokens, file_tokens, keyring_tokens
+from ._transport import LayerTransport
+from ._version import __version__
+
+__all__ = [
+    "APIConnectionError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AsyncLayerClient",
+    "AttemptFinished",
+    "AttemptInfo",
+    "AuthenticationError",
+    "BadRequestError",
+    "BodyOptions",
+    "Bulk",
+    "CallFinished",
+    "CallNext",
+    "CallOptions",
+    "ClientClosedError",
+    "ConfigurationError",
+    "ConflictError",
+    "ConnectionPool",
+    "DeadlineExceededError",
+    "DualTokenAuth",
+    "Event",
+    "GateShut",
+    "LayerError",
+    "LayerTransport",
+    "LoggingObserver",
+    "MalformedResponseError",
+    "Middleware",
+    "MissingTokensError",
+    "NotFoundError",
+    "Observer",
+    "Outcome",
+    "PermissionDeniedError",
+    "PoolStats",
+    "RateLimitError",
+    "RequestInfo",
+    "ResponseDecodeError",
+    "RetryBudget",
+    "RetryMiddleware",
+    "RetryPolicy",
+    "RetryScheduled",
+    "ServerError",
+    "TokenPair",
+    "TokenSource",
+    "TokensRefreshed",
+    "UnprocessableEntityError",
+    "ViewOptions",
+    "__version__",
+    "decode",
+    "env_tokens",
+    "file_tokens",
+    "keyring_tokens",
+]

@@ -15,15 +15,14 @@ LayerError                        .request .attempts .maybe_processed
 
 Rules: this room imports none of ours. A message says what happened, to which call, and what to do. No token, header
 value or query value is in a message, repr or pickle; the values of the tokens are scrubbed from what the server says.
-httpx's errors become ours in `translate_errors`, here and nowhere else.
+httpx's errors become ours in `raise_translated`, here and nowhere else.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import attrs
 import httpx
@@ -136,7 +135,8 @@ class LayerError(Exception):
 
 
 def _restore(cls: type[LayerError], args: tuple[Any, ...], state: dict[str, Any]) -> LayerError:
-    error = cls.__new__(cls, *args)
+    error = cls.__new__(cls)
+    error.args = args  # OSError, from which TimeoutError comes, sets them in its own __init__ only
     error.__dict__.update(state)
     return error
 
@@ -331,7 +331,7 @@ def _server_message(body: bytes) -> str:
     text = body.decode("utf-8", "replace")
     try:
         document = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         if "<html" in text[:1024].lower():
             text = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
     else:
@@ -372,44 +372,31 @@ TIMEOUT_PHASES: dict[type[httpx.TimeoutException], str] = {
 }
 
 
-@contextmanager
-def translate_errors(context: Callable[[], ErrorContext]) -> Iterator[None]:
-    """Raise the error of our tree in place of httpx's; everything else, cancellation first of all, passes untouched.
+def raise_translated(error: httpx.RequestError | httpx.InvalidURL, known: ErrorContext) -> NoReturn:
+    """Raise the error of our tree that stands for one of httpx's; `known` is what is known of the call.
 
-    `context` is asked once an error has come, and says what is known of the call by then.
+    The cause stays with it, except where httpx quotes what it refuses, which may be a secret.
     """
-    try:
-        yield
-    except httpx.TimeoutException as exc:
-        known = context()
-        phase = next((name for cls, name in TIMEOUT_PHASES.items() if isinstance(exc, cls)), "read")
+    context: dict[str, Any] = {
+        "request": known.request,
+        "attempts": known.attempts,
+        "maybe_processed": known.maybe_processed,
+    }
+    if isinstance(error, httpx.TimeoutException):
+        phase = next((name for cls, name in TIMEOUT_PHASES.items() if isinstance(error, cls)), "read")
         raise APITimeoutError(
             f"timed out in the {phase} phase. The server or the way to it is slow; `timeout=` sets the bound.",
             phase=phase,
-            request=known.request,
-            attempts=known.attempts,
-            maybe_processed=known.maybe_processed,
-        ) from exc
-    except (httpx.LocalProtocolError, httpx.InvalidURL) as exc:
-        # Both quote what they refuse, which may be a secret: neither their text nor they themselves go on.
-        what = "the URL is not valid" if isinstance(exc, httpx.InvalidURL) else "a header or the body is not valid HTTP"
-        raise ConfigurationError(f"{what}; nothing was sent.", request=context().request) from None
-    except httpx.UnsupportedProtocol as exc:
-        raise ConfigurationError("the URL is neither http nor https.", request=context().request) from exc
-    except (httpx.RemoteProtocolError, httpx.DecodingError) as exc:
-        known = context()
-        if isinstance(exc, httpx.RemoteProtocolError) and known.response_started is False:
-            message, cls = "the server closed the connection without an answer.", APIConnectionError
-        else:
-            message, cls = f"the answer cannot be trusted: {exc}.", MalformedResponseError
-        raise cls(
-            message, request=known.request, attempts=known.attempts, maybe_processed=known.maybe_processed
-        ) from exc
-    except httpx.RequestError as exc:
-        known = context()
-        raise APIConnectionError(
-            f"no answer: {str(exc) or type(exc).__name__}.",
-            request=known.request,
-            attempts=known.attempts,
-            maybe_processed=known.maybe_processed,
-        ) from exc
+            **context,
+        ) from error
+    if isinstance(error, httpx.LocalProtocolError | httpx.InvalidURL):
+        what = "the URL is not valid" if isinstance(error, httpx.InvalidURL) else "a header or the body is not HTTP"
+        del error
+        raise ConfigurationError(f"{what}; nothing was sent.", request=known.request) from None
+    if isinstance(error, httpx.UnsupportedProtocol):
+        raise ConfigurationError("the URL is neither http nor https.", request=known.request) from error
+    if isinstance(error, httpx.RemoteProtocolError | httpx.DecodingError):
+        if isinstance(error, httpx.RemoteProtocolError) and known.response_started is False:
+            raise APIConnectionError("the server closed the connection without an answer.", **context) from error
+        raise MalformedResponseError(f"the answer cannot be trusted: {error}.", **context) from error
+    raise APIConnectionError(f"no answer: {str(error) or type(error).__name__}.", **context) from error

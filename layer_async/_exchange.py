@@ -115,9 +115,18 @@ async def read_bounded(response: httpx.Response, limit: int | None, *, truncate:
     Where `truncate` is set (for error bodies, which are read to be shown), a longer body is cut at the limit, and one
     that breaks off is kept as far as it came; elsewhere the one is a `MalformedResponseError`, the other httpx's error.
     """
-    if limit is not None:
+    if limit is not None and not _is_known_to_fit(response, limit):
         bound_body(response, limit, truncate=truncate)
     await response.aread()
+
+
+def _is_known_to_fit(response: httpx.Response, limit: int) -> bool:
+    """Whether the framing alone keeps the body below `limit`: then it needs no watching."""
+    headers = response.headers
+    if "content-encoding" in headers or response.is_stream_consumed:
+        return False
+    length = headers.get("content-length", "")
+    return length.isdecimal() and len(length) < 16 and int(length) <= limit
 
 
 def bound_body(response: httpx.Response, limit: int, *, truncate: bool = False) -> None:

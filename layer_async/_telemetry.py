@@ -123,7 +123,7 @@ class LoggingObserver:
                     event.error or event.status_code,
                     event.elapsed,
                 )
-            case CallFinished():
+            case _:
                 logger.debug(
                     "%s: %s after %d attempts in %.3f s",
                     event.request,

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import random
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-for name in [name for name in os.environ if name.upper().startswith("LAYER_") or name.upper().endswith("_PROXY")]:
+for name in [
+    name
+    for name in os.environ
+    if name.upper().startswith(("LAYER_TOKEN", "LAYER_BASE")) or name.upper().endswith("_PROXY")
+]:
     del os.environ[name]
 
 
@@ -51,3 +58,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether the promises run at their full figures."""
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture
+def seed(full: bool) -> int:
+    """What chance is drawn from in the promises: fixed, but for --full; LAYER_SEED chooses another."""
+    return int(os.environ.get("LAYER_SEED", random.SystemRandom().randrange(10**6) if full else 1))
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str], seed: int, request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """What a promise found, for the line that is printed at its end."""
+    found: list[str] = []
+    started = time.perf_counter()
+    yield found
+    with capsys.disabled():
+        line = f"{request.node.name}: {', '.join(found)}; seed {seed}, {time.perf_counter() - started:.1f} s"
+        sys.stdout.write(f"\n    {line}")

@@ -1,0 +1,496 @@
+"""`AsyncLayerClient`: the surface of the package.
+
+Rules: options are checked here, before anything is sent; what a call does is in `_call`. Verbs differ in nothing but
+their method and whether they take a body. A view made by `with_options` shares the connections and owns nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import ssl
+import warnings
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Self, TypeVar, overload
+
+import attrs
+import httpx
+from typing_extensions import TypeForm, Unpack
+
+from . import _transport
+from ._auth import DualTokenAuth
+from ._bulk import Bulk, run_all
+from ._call import CallSettings, Corridor, Identity
+from ._codec import check_into
+from ._errors import ClientClosedError, ConfigurationError, LayerError
+from ._exchange import bound_body
+from ._options import (
+    BodyOptions,
+    CallOptions,
+    HeaderValues,
+    ViewOptions,
+    checked_bool,
+    checked_callable,
+    checked_deadline,
+    checked_headers,
+    checked_retry,
+    checked_size,
+    checked_timeout,
+    merged_headers,
+)
+from ._origin import Origin
+from ._pool import ConnectionPool
+from ._retry import Middleware, RetryPolicy
+from ._telemetry import LoggingObserver, Observer, TokensRefreshed, notify
+from ._tokens import TokenPair, TokenSource, resolve_tokens
+from ._version import __version__
+
+BASE_URL = "https://webapi.thelayer.com"
+TIMEOUT = httpx.Timeout(30.0, connect=5.0, pool=None)
+LIMITS = httpx.Limits(max_connections=100, keepalive_expiry=30.0)
+DEADLINE = 120.0
+MAX_RESPONSE_BYTES = 64 * 2**20
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+
+
+class AsyncLayerClient:
+    """A client of The Layer's web API, for asyncio and trio. One a process is enough: share it between tasks.
+
+    Tokens: `token1=` and `token2=`, else `tokens=` (a `TokenPair`, or a callable that gives one, which is asked again
+    when the server refuses the pair), else the environment: `LAYER_TOKEN1` and `LAYER_TOKEN2`, else the files that
+    `LAYER_TOKEN1_FILE` and `LAYER_TOKEN2_FILE` name.
+
+    `base_url`: else `LAYER_BASE_URL`, else the vendor's. https, or http to loopback, or http with `allow_http=True`.
+    `timeout`: seconds for each phase of one attempt (a float sets connect, read and write), or an `httpx.Timeout`.
+    `deadline`: seconds from the start of a call to its end, with queue, attempts, sleeps and body; None: no bound.
+    `retry`: what is tried again and how often; None: one attempt.
+    `limits`: connections, and so attempts on the wire at once; and how long idle ones are kept, in seconds.
+    `middleware`: async callables `(request, call_next) -> httpx.Response`, the first is outermost; once a call.
+    `classify`: is asked about each answer below 400, read, and may return the `LayerError` that it really means.
+    `headers`: sent with every request. `follow_redirects`: True follows to the client's own origin only.
+    `max_response_bytes`: the largest decoded body that is accepted; None: no bound.
+    `observer`: is called with each event; by default `LoggingObserver`, under the logger `layer_async`.
+    `verify`: True, False, or an `ssl.SSLContext`. `proxy`: a proxy's URL, or an `httpx.Proxy`; else, with `trust_env`,
+    the proxies of the environment.
+    `transport`: an httpx transport to use in place of ours, closed with the client; `http_client`: a whole
+    `httpx.AsyncClient`, never closed by us. With either, `limits`, `verify` and `proxy` are its own matter.
+
+    Raises `ConfigurationError` for a setting that cannot work, and `MissingTokensError` where a token is not found.
+    """
+
+    _closed = True  # until construction is over: a client that failed to be made has nothing to close
+    _is_view = False
+
+    def __init__(
+        self,
+        *,
+        token1: str | None = None,
+        token2: str | None = None,
+        tokens: TokenPair | TokenSource | None = None,
+        base_url: str | httpx.URL | None = None,
+        allow_http: bool = False,
+        timeout: float | httpx.Timeout = TIMEOUT,
+        deadline: float | None = DEADLINE,
+        retry: RetryPolicy | None = RetryPolicy(),  # noqa: B008 - frozen
+        limits: httpx.Limits | None = None,
+        middleware: Sequence[Middleware] = (),
+        classify: Callable[[httpx.Response], LayerError | None] | None = None,
+        headers: HeaderValues | None = None,
+        follow_redirects: bool = False,
+        max_response_bytes: int | None = MAX_RESPONSE_BYTES,
+        observer: Observer | None = None,
+        verify: bool | ssl.SSLContext | None = None,
+        proxy: str | httpx.URL | httpx.Proxy | None = None,
+        trust_env: bool = True,
+        transport: httpx.AsyncBaseTransport | None = None,
+        http_client: httpx.AsyncClient | None = None,
+    ) -> None:
+        try:
+            source = resolve_tokens(token1=token1, token2=token2, tokens=tokens, environ=os.environ)
+        finally:
+            del token1, token2, tokens  # no traceback of what follows shows them
+        url = base_url if base_url is not None else os.environ.get("LAYER_BASE_URL") or BASE_URL
+        self._allow_http = allow_http
+        self._origin = Origin.parse(url, allow_http=allow_http)
+        self._observer: Observer = LoggingObserver() if observer is None else checked_callable("observer", observer)
+        settings = CallSettings(
+            timeout=checked_timeout(timeout),
+            deadline=checked_deadline(deadline),
+            retry=checked_retry(retry),
+            max_response_bytes=checked_size(max_response_bytes),
+        )
+        own_headers = checked_headers(headers)
+        self._owns_http = http_client is None
+        self._http, self._pool = _http_client(
+            origin=self._origin,
+            transport=transport,
+            http_client=http_client,
+            limits=limits,
+            verify=verify,
+            proxy=proxy,
+            trust_env=trust_env,
+        )
+        self._root = self
+        self._corridor = Corridor(
+            http=self._http,
+            pool=self._pool,
+            origin=self._origin,
+            identity=self._identity(source),
+            headers=own_headers,
+            settings=settings,
+            middleware=tuple(checked_callable("middleware", entry) for entry in middleware),
+            classify=None if classify is None else checked_callable("classify", classify),
+            follow_redirects=checked_bool("follow_redirects", follow_redirects),
+            observer=self._observer,
+            is_closed=self._is_closed,
+        )
+        self._closed = False
+
+    def _identity(self, source: TokenPair | TokenSource) -> Identity:
+        observer = self._observer
+        auth = DualTokenAuth(
+            source,
+            origin=self._origin,
+            allow_http=self._allow_http,
+            on_refresh=lambda generation: notify(observer, TokensRefreshed(generation)),
+        )
+        return Identity(auth, observer)
+
+    def _is_closed(self) -> bool:
+        return self._root._closed or self._closed
+
+    # Calls
+
+    @overload
+    async def request(
+        self, method: str, path: str, *, into: None = None, **options: Unpack[BodyOptions]
+    ) -> httpx.Response: ...
+    @overload
+    async def request(self, method: str, path: str, *, into: TypeForm[T], **options: Unpack[BodyOptions]) -> T: ...
+    async def request(self, method: str, path: str, *, into: Any = None, **options: Unpack[BodyOptions]) -> Any:
+        """Send a request and return its answer: the `httpx.Response`, read, or with `into=T` a `T` decoded from JSON.
+
+        `path` is relative to the base URL; what would reach another origin is refused. `options`: see `CallOptions` and
+        `BodyOptions`.
+
+        Raises `APIStatusError` (by status) for 400 and above, `APIConnectionError` where no usable answer came,
+        `ResponseDecodeError` where the answer is no `T`, `ConfigurationError` before anything is sent.
+        """
+        return await self._corridor.begin(method, path, options, into=into).run()
+
+    @overload
+    async def get(self, path: str, *, into: None = None, **options: Unpack[CallOptions]) -> httpx.Response: ...
+    @overload
+    async def get(self, path: str, *, into: TypeForm[T], **options: Unpack[CallOptions]) -> T: ...
+    async def get(self, path: str, *, into: Any = None, **options: Unpack[CallOptions]) -> Any:
+        """GET `path`; see `request`."""
+        return await self.request("GET", path, into=into, **options)
+
+    @overload
+    async def delete(self, path: str, *, into: None = None, **options: Unpack[CallOptions]) -> httpx.Response: ...
+    @overload
+    async def delete(self, path: str, *, into: TypeForm[T], **options: Unpack[CallOptions]) -> T: ...
+    async def delete(self, path: str, *, into: Any = None, **options: Unpack[CallOptions]) -> Any:
+        """DELETE `path`; see `request`."""
+        return await self.request("DELETE", path, into=into, **options)
+
+    @overload
+    async def head(self, path: str, *, into: None = None, **options: Unpack[CallOptions]) -> httpx.Response: ...
+    @overload
+    async def head(self, path: str, *, into: TypeForm[T], **options: Unpack[CallOptions]) -> T: ...
+    async def head(self, path: str, *, into: Any = None, **options: Unpack[CallOptions]) -> Any:
+        """HEAD `path`; see `request`."""
+        return await self.request("HEAD", path, into=into, **options)
+
+    @overload
+    async def options(self, path: str, *, into: None = None, **options: Unpack[CallOptions]) -> httpx.Response: ...
+    @overload
+    async def options(self, path: str, *, into: TypeForm[T], **options: Unpack[CallOptions]) -> T: ...
+    async def options(self, path: str, *, into: Any = None, **options: Unpack[CallOptions]) -> Any:
+        """OPTIONS `path`; see `request`."""
+        return await self.request("OPTIONS", path, into=into, **options)
+
+    @overload
+    async def post(self, path: str, *, into: None = None, **options: Unpack[BodyOptions]) -> httpx.Response: ...
+    @overload
+    async def post(self, path: str, *, into: TypeForm[T], **options: Unpack[BodyOptions]) -> T: ...
+    async def post(self, path: str, *, into: Any = None, **options: Unpack[BodyOptions]) -> Any:
+        """POST to `path`; see `request`. Not retried once the server may have acted on it, unless `idempotent=True`."""
+        return await self.request("POST", path, into=into, **options)
+
+    @overload
+    async def put(self, path: str, *, into: None = None, **options: Unpack[BodyOptions]) -> httpx.Response: ...
+    @overload
+    async def put(self, path: str, *, into: TypeForm[T], **options: Unpack[BodyOptions]) -> T: ...
+    async def put(self, path: str, *, into: Any = None, **options: Unpack[BodyOptions]) -> Any:
+        """PUT to `path`; see `request`."""
+        return await self.request("PUT", path, into=into, **options)
+
+    @overload
+    async def patch(self, path: str, *, into: None = None, **options: Unpack[BodyOptions]) -> httpx.Response: ...
+    @overload
+    async def patch(self, path: str, *, into: TypeForm[T], **options: Unpack[BodyOptions]) -> T: ...
+    async def patch(self, path: str, *, into: Any = None, **options: Unpack[BodyOptions]) -> Any:
+        """PATCH `path`; see `request`. Not retried once the server may have acted on it, unless `idempotent=True`."""
+        return await self.request("PATCH", path, into=into, **options)
+
+    @asynccontextmanager
+    async def stream(
+        self, method: str, path: str, **options: Unpack[BodyOptions]
+    ) -> AsyncGenerator[httpx.Response, None]:
+        """`async with client.stream("GET", path) as response:` gives an `httpx.Response` whose body is not read yet.
+
+        Its slot is held until the block ends. `deadline` ends with the head of the answer; the body is bounded by the
+        read timeout and by your own cancel scope, and by `max_response_bytes` where given here. Raises as `request`
+        does, for status 400 and above too, after reading the error's body; an error while the body streams is raised
+        as ours and is not retried.
+        """
+        call = self._corridor.begin(method, path, options, streamed=True)
+        try:
+            response: httpx.Response = await call.run()
+            limit = options.get("max_response_bytes")
+            if limit is not None:
+                bound_body(response, limit)
+            try:
+                with call.translating_body(response):
+                    yield response
+            finally:
+                await response.aclose()
+        finally:
+            call.record.release_slot()
+
+    # Many calls
+
+    @overload
+    def bulk(
+        self,
+        items: Iterable[str] | AsyncIterable[str],
+        call: None = None,
+        *,
+        into: None = None,
+        key: None = None,
+        workers: int | None = None,
+        ordered: bool = False,
+    ) -> Bulk[str, httpx.Response]: ...
+    @overload
+    def bulk(
+        self,
+        items: Iterable[str] | AsyncIterable[str],
+        call: None = None,
+        *,
+        into: None = None,
+        key: Callable[[str], Key],
+        workers: int | None = None,
+        ordered: bool = False,
+    ) -> Bulk[Key, httpx.Response, str]: ...
+    @overload
+    def bulk(
+        self,
+        items: Iterable[str] | AsyncIterable[str],
+        call: None = None,
+        *,
+        into: TypeForm[T],
+        key: None = None,
+        workers: int | None = None,
+        ordered: bool = False,
+    ) -> Bulk[str, T]: ...
+    @overload
+    def bulk(
+        self,
+        items: Iterable[str] | AsyncIterable[str],
+        call: None = None,
+        *,
+        into: TypeForm[T],
+        key: Callable[[str], Key],
+        workers: int | None = None,
+        ordered: bool = False,
+    ) -> Bulk[Key, T, str]: ...
+    @overload
+    def bulk(
+        self,
+        items: Iterable[Item] | AsyncIterable[Item],
+        call: Callable[[Item], Awaitable[T]],
+        *,
+        into: None = None,
+        key: None = None,
+        workers: int | None = None,
+        ordered: bool = False,
+    ) -> Bulk[Item, T]: ...
+    @overload
+    def bulk(
+        self,
+        items: Iterable[Item] | AsyncIterable[Item],
+        call: Callable[[Item], Awaitable[T]],
+        *,
+        into: None = None,
+        key: Callable[[Item], Key],
+        workers: int | None = None,
+        ordered: bool = False,
+    ) -> Bulk[Key, T, Item]: ...
+    def bulk(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        call: Callable[[Any], Awaitable[Any]] | None = None,
+        *,
+        into: Any = None,
+        key: Callable[[Any], Any] | None = None,
+        workers: int | None = None,
+        ordered: bool = False,
+    ) -> Bulk[Any, Any]:
+        """Run one call for each item, many at a time: `async with client.bulk(paths) as outcomes: async for ...`.
+
+        `items` are paths to GET (with `into`), or whatever `call` takes as its one argument: any iterable, sync or
+        async, endless too; it is read only as workers become free, so that memory does not grow with it. Each item
+        gives one `Outcome`, a value or an error, as it completes or, with `ordered`, in the order of the items. `key`
+        names an item in its outcome (default: the item itself). `workers` run at a time: by default half the slots,
+        so that single calls find one free. A 429 makes an item wait at the gate for as long as it takes.
+        """
+        return Bulk(items, self._item_call(call, into), key=key, workers=self._worker_count(workers), ordered=ordered)
+
+    @overload
+    async def fetch_all(
+        self, paths: Iterable[str] | AsyncIterable[str], *, into: None = None, workers: int | None = None
+    ) -> list[httpx.Response]: ...
+    @overload
+    async def fetch_all(
+        self, paths: Iterable[str] | AsyncIterable[str], *, into: TypeForm[T], workers: int | None = None
+    ) -> list[T]: ...
+    async def fetch_all(
+        self, paths: Iterable[str] | AsyncIterable[str], *, into: Any = None, workers: int | None = None
+    ) -> list[Any]:
+        """GET all `paths` concurrently and return their answers in order; all or nothing.
+
+        The first failure cancels the rest and is raised as itself. For many items, or where some may fail, use `bulk`.
+        """
+        return await run_all(paths, self._item_call(None, into), workers=self._worker_count(workers))
+
+    def _item_call(self, call: Callable[[Any], Awaitable[Any]] | None, into: Any) -> Callable[[Any], Awaitable[Any]]:
+        if call is not None:
+            if into is not None:
+                raise ConfigurationError("into= belongs to the default call; your own call= returns what it likes.")
+            return checked_callable("call", call)
+        if into is not None:
+            check_into(into)
+
+        async def fetch(path: str) -> Any:
+            return await self.get(path, into=into)
+
+        return fetch
+
+    def _worker_count(self, workers: int | None) -> int:
+        if workers is not None:
+            return workers
+        slots = None if self._pool is None else self._pool.max_connections
+        return 50 if slots is None else max(1, slots // 2)
+
+    # The client itself
+
+    def with_options(self, **options: Unpack[ViewOptions]) -> AsyncLayerClient:
+        """A view of this client with other settings, over the same connections. What is not given stays as it is.
+
+        `headers` are added to the client's. Other `tokens` have their own state, retry budget and gate. Closing a view
+        closes nothing; closing the client closes its views.
+        """
+        changes: dict[str, Any] = dict(options)
+        headers, tokens = changes.pop("headers", None), changes.pop("tokens", None)
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view._is_view = True
+        view._corridor = attrs.evolve(
+            self._corridor,
+            headers=merged_headers(self._corridor.headers, headers),
+            settings=self._corridor.settings.updated(changes),
+            is_closed=view._is_closed,
+        )
+        if tokens is not None:
+            view._corridor.identity = view._identity(resolve_tokens(tokens=tokens))
+        return view
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        """The `httpx.AsyncClient` inside. Requests sent with it directly carry no tokens."""
+        return self._http
+
+    @property
+    def pool(self) -> ConnectionPool:
+        """The connection pool; `pool.stats` says what it is doing.
+
+        Raises `ConfigurationError` where the connections are not ours (`transport=` or `http_client=` was given).
+        """
+        if self._pool is None:
+            raise ConfigurationError("this client runs on a transport of yours: its connections are not ours to count.")
+        return self._pool
+
+    async def aclose(self) -> None:
+        """Close the client: waiting calls fail with `ClientClosedError`, every socket is closed. Harmless twice."""
+        self._closed = True
+        if self._owns_http and not self._is_view:
+            await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        if self._is_closed():
+            raise ClientClosedError("the client is closed.")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if not self._closed and not self._is_view:
+            warnings.warn(
+                f"{self!r} was not closed: use `async with` or aclose().", ResourceWarning, stacklevel=2, source=self
+            )
+
+    def __repr__(self) -> str:
+        return f"<AsyncLayerClient {self._origin} {'closed' if self._is_closed() else 'open'}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a client holds tokens and sockets: it cannot be pickled or copied.")
+
+
+def _http_client(
+    *,
+    origin: Origin,
+    transport: httpx.AsyncBaseTransport | None,
+    http_client: httpx.AsyncClient | None,
+    limits: httpx.Limits | None,
+    verify: bool | ssl.SSLContext | None,
+    proxy: str | httpx.URL | httpx.Proxy | None,
+    trust_env: bool,
+) -> tuple[httpx.AsyncClient, ConnectionPool | None]:
+    given = {"limits": limits, "verify": verify, "proxy": proxy}
+    if transport is not None or http_client is not None:
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigurationError(f"{name}= is a matter of the transport= or http_client= that you give.")
+    if http_client is not None:
+        if transport is not None:
+            raise ConfigurationError("give transport= or http_client=, not both.")
+        if not isinstance(http_client, httpx.AsyncClient):
+            raise ConfigurationError(f"http_client= must be an httpx.AsyncClient, not {type(http_client).__name__}.")
+        return http_client, None
+    if transport is not None and not isinstance(transport, httpx.AsyncBaseTransport):
+        raise ConfigurationError(f"transport= must be an httpx.AsyncBaseTransport, not {type(transport).__name__}.")
+    # What goes to loopback stays here: a proxy of the environment would see tokens that go there by plain http.
+    host = f"[{origin.host}]" if ":" in origin.host else origin.host
+    mounts = {f"all://{host}": None} if origin.is_loopback and proxy is None else None
+    client = _transport.HTTPClient(
+        limits=LIMITS if limits is None else limits,
+        verify=True if verify is None else verify,
+        proxy=proxy,
+        trust_env=trust_env,
+        transport=transport,
+        headers={"User-Agent": _user_agent(), "Accept": "application/json"},
+        mounts=mounts,
+    )
+    return client, client.connection_pool
+
+
+def _user_agent() -> str:
+    return f"layer-async/{__version__} python-httpx/{httpx.__version__} {platform.python_implementation().lower()}/" + (
+        platform.python_version()
+    )

@@ -1,0 +1,191 @@
+"""The shape of the house: which rooms there are, and which may know which."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pathlib
+import re
+
+import pytest
+
+import layer_async
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "layer_async"
+
+DOOR = "__init__"
+ALLOWED: dict[str, set[str]] = {
+    "_version": set(),
+    "_errors": set(),
+    "_exchange": {"_errors"},
+    "_telemetry": {"_errors"},
+    "_tokens": {"_errors"},
+    "_origin": {"_errors", "_tokens"},
+    "_auth": {"_errors", "_exchange", "_origin", "_tokens"},
+    "_codec": {"_errors"},
+    "_failures": {"_errors", "_exchange"},
+    "_retry": {"_errors", "_exchange", "_failures", "_telemetry"},
+    "_pacing": {"_errors", "_telemetry"},
+    "_pool": {"_errors"},
+    "_portable": {"_errors", "_exchange"},
+    "_transport": {"_errors", "_exchange", "_pool", "_portable"},
+    "_bulk": {"_errors"},
+    "_options": {"_errors", "_retry", "_tokens"},
+    "_call": {
+        "_auth",
+        "_bulk",
+        "_codec",
+        "_errors",
+        "_exchange",
+        "_failures",
+        "_options",
+        "_origin",
+        "_pacing",
+        "_pool",
+        "_retry",
+        "_telemetry",
+    },
+    "_client": {
+        "_auth",
+        "_bulk",
+        "_call",
+        "_codec",
+        "_errors",
+        "_exchange",
+        "_options",
+        "_origin",
+        "_pool",
+        "_retry",
+        "_telemetry",
+        "_tokens",
+        "_transport",
+        "_version",
+    },
+    DOOR: {
+        "_auth",
+        "_bulk",
+        "_client",
+        "_codec",
+        "_errors",
+        "_options",
+        "_pool",
+        "_retry",
+        "_telemetry",
+        "_tokens",
+        "_transport",
+        "_version",
+    },
+    "demo": {DOOR, "sandbox"},
+    "cli": {DOOR, "demo", "sandbox"},
+    "__main__": {"cli"},
+    "fastapi": {DOOR},
+    "testing": {DOOR, "sandbox"},
+    "sandbox": set(),
+}
+
+
+def imports_of_ours(room: str) -> set[str]:
+    """The rooms that `room` imports, wherever in the file it does."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("layer_async")):
+            module = (node.module or "").removeprefix("layer_async").lstrip(".")
+            if module:
+                found.add(module)
+            else:
+                found |= {name.name if (PACKAGE / f"{name.name}.py").exists() else DOOR for name in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {
+                name.name.partition(".")[2] or DOOR for name in node.names if name.name.split(".")[0] == "layer_async"
+            }
+    return found
+
+
+def rooms() -> list[str]:
+    return sorted(path.stem for path in PACKAGE.rglob("*.py"))
+
+
+def test_the_rooms_are_those_of_the_table() -> None:
+    assert rooms() == sorted(ALLOWED)
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_imports_only_what_the_table_allows(room: str) -> None:
+    assert imports_of_ours(room) <= ALLOWED[room]
+
+
+def test_no_arrow_points_back_up() -> None:
+    seen: list[str] = []
+    rest = dict(ALLOWED)
+    while rest:
+        free = [room for room, needs in rest.items() if needs <= set(seen)]
+        assert free, f"a circle among {sorted(rest)}"
+        seen += free
+        for room in free:
+            del rest[room]
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_opens_by_saying_what_it_owns(room: str) -> None:
+    assert ast.get_docstring(ast.parse((PACKAGE / f"{room}.py").read_text()))
+
+
+def test_the_door_shows_public_names_and_each_has_a_docstring() -> None:
+    for name in layer_async.__all__:
+        assert not name.startswith("_") or name == "__version__"
+        thing = getattr(layer_async, name)
+        if isinstance(thing, type) or callable(thing):
+            if getattr(thing, "__module__", "").startswith("layer_async"):
+                assert thing.__doc__, name
+                assert not thing.__doc__.startswith(f"{name}("), name
+            if isinstance(thing, type) and thing.__module__.startswith("layer_async"):
+                for attribute, value in vars(thing).items():
+                    if not attribute.startswith("_") and callable(value):
+                        assert value.__doc__, f"{name}.{attribute}"
+
+
+def test_the_top_level_holds_what_was_agreed_and_nothing_else() -> None:
+    tracked = {
+        path.name
+        for path in ROOT.iterdir()
+        if not path.name.startswith(".") and not path.name.endswith(".egg-info") and path.name not in ("build", "dist")
+    }
+    assert tracked == {
+        "CHANGELOG.md",
+        "LICENSE",
+        "README.md",
+        "benchmarks",
+        "layer_async",
+        "pyproject.toml",
+        "tests",
+    }
+
+
+def test_the_changelog_knows_the_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d{2}-\d{2}$", changelog, re.MULTILINE)
+    assert "## [Unreleased]" in changelog
+    assert versions[:1] == [layer_async.__version__]
+
+
+def test_importing_the_package_leaves_the_extras_alone() -> None:
+    for extra in ("cattrs", "cyclopts", "rich", "fastapi", "keyring", "opentelemetry", "starlette", "uvicorn"):
+        for room in rooms():
+            if room.startswith("_") and room != "__main__":
+                tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+                for node in tree.body:
+                    names = (
+                        [alias.name for alias in node.names]
+                        if isinstance(node, ast.Import)
+                        else [node.module or ""]
+                        if isinstance(node, ast.ImportFrom) and not node.level
+                        else []
+                    )
+                    assert not any(name.split(".")[0] == extra for name in names), (room, extra)
+
+
+def test_every_room_can_be_imported() -> None:
+    for room in rooms():
+        if room != "__main__":
+            importlib.import_module(f"layer_async.{room}" if room != DOOR else "layer_async")

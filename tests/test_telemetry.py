@@ -1,0 +1,51 @@
+"""Events and who listens to them; what a client tells is in test_client.py."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from layer_async._errors import RequestInfo
+from layer_async._telemetry import (
+    AttemptFinished,
+    CallFinished,
+    GateShut,
+    LoggingObserver,
+    RetryScheduled,
+    TokensRefreshed,
+    notify,
+)
+
+REQUEST = RequestInfo("GET", "https://host.invalid/x")
+
+
+def test_without_an_observer_nothing_happens() -> None:
+    notify(None, GateShut(1.0))
+
+
+def test_the_logging_observer_says_each_event_in_a_line_at_its_level(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "layer_async")
+    log = LoggingObserver()
+    log(AttemptFinished(REQUEST, 1, 503, None, 0.5, reused=True))
+    log(AttemptFinished(REQUEST, 2, None, "ReadError", 0.5, reused=None))
+    log(RetryScheduled(REQUEST, 1, "503", 0.25))
+    log(GateShut(2.0))
+    log(TokensRefreshed(2))
+    log(CallFinished(REQUEST, 200, None, 2, 1.0))
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("DEBUG", "GET https://host.invalid/x: attempt 1: 503 in 0.500 s"),
+        ("DEBUG", "GET https://host.invalid/x: attempt 2: ReadError in 0.500 s"),
+        ("WARNING", "GET https://host.invalid/x: attempt 1 met 503, next in 0.25 s"),
+        ("WARNING", "the server said slow down: all attempts wait for 2.00 s"),
+        ("INFO", "new tokens, generation 2"),
+        ("DEBUG", "GET https://host.invalid/x: 200 after 2 attempts in 1.000 s"),
+    ]
+
+
+def test_an_observer_that_fails_is_logged_and_goes_no_further(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(event: object) -> None:
+        raise RuntimeError("broken meter")
+
+    notify(broken, GateShut(1.0))
+    assert "the observer failed on GateShut" in caplog.text
