@@ -6,6 +6,8 @@
 The door: the public names, and nothing else.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ._auth import DualTokenAuth
 from ._bulk import Bulk, Outcome
 from ._client import AsyncLayerClient
@@ -46,8 +48,10 @@ from ._telemetry import (
     TokensRefreshed,
 )
 from ._tokens import TokenPair, TokenSource, env_tokens, file_tokens, keyring_tokens
-from ._transport import LayerTransport
 from ._version import __version__
+
+if TYPE_CHECKING:
+    from ._transport import LayerTransport
 
 __all__ = [
     "APIConnectionError",
@@ -101,3 +105,12 @@ __all__ = [
     "file_tokens",
     "keyring_tokens",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`LayerTransport` brings httpcore, which is loaded with the first client, as by httpx, and not by the import."""
+    if name == "LayerTransport":
+        from ._transport import LayerTransport
+
+        return LayerTransport
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,6 @@ import attrs
 import httpx
 from typing_extensions import TypeForm, Unpack
 
-from . import _transport
 from ._auth import DualTokenAuth
 from ._bulk import Bulk, run_all
 from ._call import CallSettings, Corridor, Identity
@@ -478,7 +477,9 @@ def _http_client(
     # What goes to loopback stays here: a proxy of the environment would see tokens that go there by plain http.
     host = f"[{origin.host}]" if ":" in origin.host else origin.host
     mounts = {f"all://{host}": None} if origin.is_loopback and proxy is None else None
-    client = _transport.HTTPClient(
+    from ._transport import HTTPClient  # with httpcore, which is nobody's matter before there is a client
+
+    client = HTTPClient(
         limits=LIMITS if limits is None else limits,
         verify=True if verify is None else verify,
         proxy=proxy,

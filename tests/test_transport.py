@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import pathlib
+import socket
 import ssl
 import subprocess
 import sys
@@ -332,6 +333,29 @@ async def test_calls_in_flight_and_in_the_queue_fail_with_our_own_error_when_the
     with pytest.raises(ClientClosedError):
         await again.get(f"{server.url}/ok")
     await again.aclose()
+
+
+async def test_whoever_gets_the_file_descriptor_of_a_closed_connection_next_is_not_mistaken_for_it(
+    plain: FaultServer,
+) -> None:
+    """On asyncio a task that waited for a descriptor takes the next one's registration away, if it wakes up later."""
+    transport = transport_for(1)
+
+    async def get() -> None:
+        with pytest.raises(ClientClosedError):
+            await transport.handle_async_request(httpx.Request("GET", f"{plain.url}/never"))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(get)
+        while not plain.record.requests:
+            await anyio.sleep(0.001)
+        await anyio.wait_all_tasks_blocked()
+        await transport.aclose()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.send(b"x")
+            with anyio.fail_after(2):
+                await anyio.wait_readable(ours)
 
 
 # Limits, queues, routes
