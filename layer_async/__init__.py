@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ._auth import DualTokenAuth
 from ._bulk import Bulk, Outcome
 from ._client import AsyncLayerClient
-from ._codec import decode
 from ._errors import (
     APIConnectionError,
     APIStatusError,
@@ -51,6 +50,7 @@ from ._tokens import TokenPair, TokenSource, env_tokens, file_tokens, keyring_to
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from ._codec import decode
     from ._transport import LayerTransport
 
 __all__ = [
@@ -108,9 +108,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`LayerTransport` brings httpcore, which is loaded with the first client, as by httpx, and not by the import."""
+    """Two names bring what a program may not need, or not yet: httpcore (as with httpx, the first client loads it), and
+    the engine that decodes.
+    """
     if name == "LayerTransport":
         from ._transport import LayerTransport
 
         return LayerTransport
+    if name == "decode":
+        from ._codec import decode
+
+        return decode
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ command line all come through here.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,6 @@ import httpx
 
 from ._auth import DualTokenAuth
 from ._bulk import current_item
-from ._codec import check_into, decode, encode_json
 from ._errors import (
     BODY_LIMIT,
     ClientClosedError,
@@ -99,9 +99,16 @@ class Corridor:
     ) -> Call:
         """A call to be run once. Raises `ConfigurationError` for options that cannot work."""
         if into is not None:
+            from ._codec import check_into  # here as below: who decodes nothing does not load the engine
+
             check_into(into)
         settings = self.settings.updated(options) if options else self.settings
-        value = options.get("json") if options else None
+        document = None
+        if options and options.get("json") is not None:
+            from ._codec import encode_json
+
+            # Up front: what the caller does to it while the call waits is none of the call's.
+            document = encode_json(options["json"])
         return Call(
             corridor=self,
             method=checked_method(method),
@@ -110,8 +117,7 @@ class Corridor:
             settings=settings,
             into=into,
             streamed=streamed,
-            # What the caller does to the document while the call waits is none of the call's.
-            document=None if value is None else encode_json(value),
+            document=document,
         )
 
 
@@ -140,9 +146,9 @@ class Call:
         record, settings, item = self.record, self.settings, current_item.get()
         record.idempotent = settings.idempotent
         record.is_patient = item is not None and item.is_patient
-        started = anyio.current_time()
+        started = time.perf_counter()
         if settings.deadline is not None:
-            self.scope.deadline = started + settings.deadline
+            self.scope.deadline = anyio.current_time() + settings.deadline
         status: int | None = None
         error: str | None = None
         value: Any = None
@@ -152,7 +158,7 @@ class Call:
                 response = await self._respond()
                 status = response.status_code
                 self._raise_for_status(response)
-                value = response if self.into is None else decode(response, self.into)
+                value = response if self.into is None else self._decode(response)
                 done = True
             if not done:
                 raise self._deadline_exceeded()
@@ -169,15 +175,18 @@ class Call:
                 record.release_slot()
             if item is not None:
                 item.attempts = (item.attempts or 0) + len(record.attempts)
-            elapsed = anyio.current_time() - started
+            elapsed = time.perf_counter() - started
             notify(self.corridor.observer, CallFinished(self.info, status, error, len(record.attempts), elapsed))
         return value
 
     @property
     def info(self) -> RequestInfo:
         """The method and the URL without its query."""
-        if self.request is not None:
-            return RequestInfo.of(self.request)
+        record = self.record
+        if record.info is None and self.request is not None:
+            record.info = RequestInfo.of(self.request)
+        if record.info is not None:
+            return record.info
         try:
             return RequestInfo.of_url(self.method, self.corridor.origin.resolve(self.path))
         except ConfigurationError:
@@ -346,6 +355,11 @@ class Call:
                 headers=httpx.Headers(response.headers),
                 body=response.content[:BODY_LIMIT],
             )
+
+    def _decode(self, response: httpx.Response) -> Any:
+        from ._codec import decode
+
+        return decode(response, self.into)
 
     def _deadline_exceeded(self) -> DeadlineExceededError:
         record = self.record

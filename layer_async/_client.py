@@ -21,7 +21,6 @@ from typing_extensions import TypeForm, Unpack
 from ._auth import DualTokenAuth
 from ._bulk import Bulk, run_all
 from ._call import CallSettings, Corridor, Identity
-from ._codec import check_into
 from ._errors import ClientClosedError, ConfigurationError, LayerError
 from ._exchange import bound_body
 from ._options import (
@@ -373,6 +372,8 @@ class AsyncLayerClient:
                 raise ConfigurationError("into= belongs to the default call; your own call= returns what it likes.")
             return checked_callable("call", call)
         if into is not None:
+            from ._codec import check_into
+
             check_into(into)
 
         async def fetch(path: str) -> Any:

@@ -20,13 +20,13 @@ httpx's errors become ours in `raise_translated`, here and nowhere else.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import attrs
 import httpx
-import msgspec
 
 __all__ = [
     "APIConnectionError",
@@ -330,8 +330,8 @@ def _server_message(body: bytes) -> str:
     """The server's own words out of an error body: the usual members of a JSON object, else the text itself."""
     text = body.decode("utf-8", "replace")
     try:
-        document = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        document = json.loads(body)
+    except (ValueError, RecursionError):
         if "<html" in text[:1024].lower():
             text = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
     else:

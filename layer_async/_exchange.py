@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import attrs
 import httpx
 
-from ._errors import AttemptInfo, MalformedResponseError
+from ._errors import AttemptInfo, MalformedResponseError, RequestInfo
 
 EXTENSION = "layer_async"
 
@@ -34,15 +34,16 @@ class ExchangeRecord:
     The transport writes for the attempt under way (None means unknown): `bytes_written`, how many bytes of the request
     went out (a TLS handshake or CONNECT does not count); `response_started`, whether a byte of the answer came;
     `head_received`, whether its head was complete; `reused`, whether the connection had served before. `phase` says
-    what the call is doing, `slot` is the slot it holds, `attempts` and `maybe_processed` grow with each attempt.
-    `idempotent` is the caller's word on an unsafe method. `is_patient`: the call belongs to a bulk, and waits out any
-    number of 429s. `fresh` asks the transport for a new connection, since an idle one has just turned out to be dead.
+    what the call is doing, `slot` is the slot it holds, `attempts` and `maybe_processed` grow with each attempt. `info`
+    is the request as errors and events show it, once somebody has wanted it. `idempotent` is the caller's word on an
+    unsafe method. `is_patient`: the call belongs to a bulk, and waits out any number of 429s. `fresh` asks the transport for a new connection, since an idle one has just turned out to be dead.
     """
 
     bytes_written: int | None = None
     response_started: bool | None = None
     head_received: bool | None = None
     reused: bool | None = None
+    info: RequestInfo | None = None
     phase: str = "queue"
     slot: Releasable | None = None
     attempts: list[AttemptInfo] = attrs.field(factory=list)

@@ -10,7 +10,6 @@ This room knows no HTTP library, no retry and no tokens; a connection is what ca
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 import time
@@ -317,10 +316,7 @@ class ConnectionPool:
 
     def _settle(self) -> None:
         """Make the running event loop (and process) the pool's own; what another one left behind is abandoned."""
-        try:
-            loop: object = asyncio.get_running_loop()
-        except RuntimeError:
-            loop = anyio.lowlevel.current_token().native_token
+        loop = _running_loop()
         if loop is self._loop and os.getpid() == self._pid:
             return
         if os.getpid() == self._pid and _is_running(self._loop):
@@ -351,10 +347,20 @@ class ConnectionPool:
                 waiter.event.set()
 
 
+def _running_loop() -> object:
+    """The event loop that runs this: asyncio's, or a trio token. Where asyncio is not loaded, none of its runs."""
+    try:
+        return sys.modules["asyncio"].get_running_loop()
+    except (KeyError, RuntimeError):
+        return anyio.lowlevel.current_token().native_token
+
+
 def _is_running(loop: Any) -> bool:
     """Whether an event loop (of asyncio, or a trio token) can still run what it was given."""
-    if loop is None or isinstance(loop, asyncio.AbstractEventLoop):
-        return loop is not None and loop.is_running()
+    if loop is None:
+        return False
+    if hasattr(loop, "is_running"):
+        return bool(loop.is_running())
     try:
         loop.run_sync_soon(lambda: None)
     except RuntimeError:  # trio.RunFinishedError, without importing trio

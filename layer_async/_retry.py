@@ -8,6 +8,7 @@ cancellation and the errors of mocking tools pass; no slot is held while a call 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from random import SystemRandom
@@ -258,7 +259,7 @@ class RetryMiddleware:
         earlier: list[Failure] = []
         while True:
             record.begin_attempt()
-            started = anyio.current_time()
+            started = time.perf_counter()
             try:
                 response = await call_next(request)
             except (httpx.RequestError, APIStatusError) as exc:
@@ -337,11 +338,11 @@ class RetryMiddleware:
         """Append the attempt to the record, and tell the observer."""
         record.fresh = False
         number = len(record.attempts) + 1
-        elapsed = anyio.current_time() - started
+        elapsed = time.perf_counter() - started
         record.attempts.append(AttemptInfo(number, outcome, status_code, elapsed, delay))
         if self._observer is None:
             return
-        info = RequestInfo.of(request)
+        info = record.info = record.info or RequestInfo.of(request)
         error = None if outcome == str(status_code) else outcome
         notify(self._observer, AttemptFinished(info, number, status_code, error, elapsed, record.reused))
         if delay is not None:

@@ -401,6 +401,8 @@ class HTTPClient(httpx.AsyncClient):
         )
         if "accept-encoding" not in httpx.Headers(options.get("headers")):
             self.headers["Accept-Encoding"] = ACCEPT_ENCODING
+        if "connection" not in httpx.Headers(options.get("headers")):
+            del self.headers["Connection"]  # HTTP/1.1 keeps connections alive by itself (RFC 9112 section 9.3)
 
     @property
     @override
