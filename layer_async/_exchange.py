@@ -36,7 +36,8 @@ class ExchangeRecord:
     `head_received`, whether its head was complete; `reused`, whether the connection had served before. `phase` says
     what the call is doing, `slot` is the slot it holds, `attempts` and `maybe_processed` grow with each attempt. `info`
     is the request as errors and events show it, once somebody has wanted it. `idempotent` is the caller's word on an
-    unsafe method. `is_patient`: the call belongs to a bulk, and waits out any number of 429s. `fresh` asks the transport for a new connection, since an idle one has just turned out to be dead.
+    unsafe method. `is_patient`: the call belongs to a bulk, and waits out any number of 429s. `fresh` asks the
+    transport for a new connection, since an idle one has just turned out to be dead.
     """
 
     bytes_written: int | None = None
