@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from layer_async._auth import DualTokenAuth
 from layer_async._errors import ConfigurationError
@@ -589,3 +591,38 @@ async def test_a_redirected_body_that_cannot_be_sent_again_is_not() -> None:
     async with httpx.AsyncClient(transport=transport, auth=auth, base_url=BASE, follow_redirects=True) as client:
         response = await client.post("/x", content=body())
     assert response.status_code == 401
+
+
+# The short way
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=300)
+@given(path=st.from_regex(r"/?[A-Za-z0-9._~/?&=,+:%@!$ -]{0,20}", fullmatch=True), base=st.sampled_from(["", "/v2"]))
+def test_the_short_way_to_a_url_gives_what_the_long_way_gives(path: str, base: str) -> None:
+    origin = Origin.parse(f"https://api.example:8443{base}")
+    short, long = origin._extended(path), origin._locate(path)
+    if short is not None:
+        assert isinstance(long, httpx.URL)
+        assert short == long
+        assert (str(short), short.raw_path, short.query, short.params) == (
+            str(long),
+            long.raw_path,
+            long.query,
+            long.params,
+        )
+        assert origin.admits(short)
+
+
+@pytest.mark.parametrize("path", ["/api/x", "api/x/", "/api/v1.2/x?a=1&b=2", "/a-b_c~d"])
+def test_the_short_way_is_taken_by_plain_paths(path: str) -> None:
+    assert Origin.parse("https://api.example")._extended(path) == httpx.URL(f"https://api.example/{path.lstrip('/')}")
+
+
+@pytest.mark.parametrize("path", ["/../x", "/a/./b", "//x/y", "/a//b", "/a?", "/a%2f", "/a:b", "/a b", "", "/a?b#c", 7])
+def test_the_short_way_leaves_all_else_to_the_long_one(path: Any) -> None:
+    assert Origin.parse("https://api.example")._extended(path) is None
+
+
+def test_without_httpxs_private_name_there_is_only_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpx, "URL", type("URL", (), {"__init__": lambda self, url: None}))
+    assert Origin("https", "api.example", 443)._base is None
