@@ -32,6 +32,7 @@ RAW_NAMES = frozenset(name.encode() for name in LOWER_NAMES)
 DEFAULT_PORTS = {"http": 80, "https": 443}
 HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*")
 PLAIN = re.compile(r"((?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+/?)(?:\?([A-Za-z0-9._~&=,+-]+))?")
+LONGEST_PLAIN = 2048  # httpx refuses URLs of more than 64 KiB
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -103,7 +104,7 @@ class Origin:
         It is put into a copy of the base URL: parsing that again for each call costs as much as decoding an answer.
         The private name is httpx's; where it is missing, or the path is not that plain, `_locate` does it all.
         """
-        if self._base is None or not isinstance(path, str):
+        if self._base is None or not isinstance(path, str) or len(path) > LONGEST_PLAIN:
             return None
         plain = PLAIN.fullmatch(f"{self.base_path}{path.removeprefix('/')}")
         if plain is None or path.startswith("//"):
