@@ -47,9 +47,10 @@ class Origin:
     host: str
     port: int | None
     base_path: str = "/"
-    _base: httpx.URL | None = attrs.field(init=False, repr=False, eq=False)
+    _base: httpx.URL | None = attrs.field(
+        default=attrs.Factory(lambda self: self._plain_base(), takes_self=True), init=False, repr=False, eq=False
+    )
 
-    @_base.default
     def _plain_base(self) -> httpx.URL | None:
         base = httpx.URL(str(self)) if HOST.fullmatch(self.host) else None
         return base if hasattr(getattr(base, "_uri_reference", None), "_replace") else None

@@ -280,7 +280,7 @@ class _ResponseStream:
     """The body of a response; when it is closed, its slot is free. Not a generator: nothing is left to finalise."""
 
     def __init__(self, stream: Any, connection: PortableConnection, slot: Slot, record: ExchangeRecord) -> None:
-        self._stream = stream
+        self._stream: Any = stream
         self._connection = connection
         self._slot = slot
         self._record = record

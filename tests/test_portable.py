@@ -16,9 +16,10 @@ import httpcore
 import httpx
 import pytest
 
-from layer_async import _portable
+from layer_async import _sockets
 from layer_async._exchange import ExchangeRecord
-from layer_async._portable import PortableConnection, SocketStream, Wire
+from layer_async._portable import PortableConnection
+from layer_async._sockets import SocketStream, Wire
 
 from .faultserver import Exchange, FaultServer, client_context
 
@@ -329,7 +330,7 @@ async def test_a_refusal_in_the_middle_of_an_upload_is_read_at_once(server: Faul
 async def test_a_success_that_begins_early_does_not_end_an_upload(
     server: FaultServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_portable, "EARLY_LOOK", 0.001)
+    monkeypatch.setattr(_sockets, "EARLY_LOOK", 0.001)
     request = httpcore.Request(
         "PUT",
         f"{server.url}/accept-early",
@@ -362,7 +363,7 @@ async def test_a_server_that_takes_no_more_of_an_upload_ends_in_a_timeout(
     server: FaultServer, monkeypatch: pytest.MonkeyPatch, look: float
 ) -> None:
     """httpcore passes over the error of the write, to see whether there is an answer; there is none."""
-    monkeypatch.setattr(_portable, "EARLY_LOOK", look)
+    monkeypatch.setattr(_sockets, "EARLY_LOOK", look)
 
     def take_nothing(ex: Exchange) -> None:
         ex.server.stopped.wait(5)
@@ -455,8 +456,8 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     async def resolve(host: str, port: int) -> list[Any]:
         return addresses
 
-    monkeypatch.setattr(_portable, "_resolve", resolve)
-    monkeypatch.setattr(_portable, "STAGGER", 0.001)
+    monkeypatch.setattr(_sockets, "_resolve", resolve)
+    monkeypatch.setattr(_sockets, "STAGGER", 0.001)
     return addresses
 
 
@@ -473,7 +474,7 @@ async def test_an_address_that_refuses_or_hangs_does_not_hide_one_that_answers(r
 async def test_of_two_addresses_that_answer_at_once_one_is_kept(
     resolved: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_portable, "STAGGER", 0)
+    monkeypatch.setattr(_sockets, "STAGGER", 0)
     with FaultServer() as one, FaultServer() as other:
         resolved += [(socket.AF_INET, ("127.0.0.1", port)) for port in (one.port, other.port)]
         wire = Wire(0)
@@ -525,7 +526,7 @@ async def test_the_address_families_take_turns(monkeypatch: pytest.MonkeyPatch) 
         return [(family, None, None, "", number) for number, family in enumerate(families)]
 
     monkeypatch.setattr(anyio, "getaddrinfo", getaddrinfo)
-    resolve: Any = _portable._resolve
+    resolve: Any = _sockets._resolve
     assert await resolve("sixes.invalid", 80) == [(six, 0), (four, 3), (six, 1), (six, 2)]
     assert await resolve("fours.invalid", 80) == [(four, 0), (six, 1), (six, 2)]
 
