@@ -111,7 +111,8 @@ class _Forge:
         inside = next(node for node in walk(annotation) if is_called(node))
         raise Refused(
             f"{name_of(annotation)} holds {name_of(inside)}, which is made by calling it. Such a class may stand in "
-            "attrs classes, dataclasses, TypedDicts, lists, sets, tuples of one type, values of dicts, and unions with None."
+            "attrs classes, dataclasses, TypedDicts, lists, sets, tuples of one type, values of dicts, and unions with "
+            "None."
         )
 
     def native(self, annotation: Any) -> Hook:

@@ -132,7 +132,7 @@ def is_record(cls: Any) -> bool:
 
 
 def is_namedtuple(cls: Any) -> bool:
-    return issubclass(cls, tuple) and hasattr(typing.cast(Any, cls), "fields_of")
+    return issubclass(cls, tuple) and hasattr(typing.cast(Any, cls), "_fields")
 
 
 def record_of(cls: Any) -> Record | None:
