@@ -15,7 +15,7 @@ import pytest
 for name in [
     name
     for name in os.environ
-    if name.upper().startswith(("LAYER_TOKEN", "LAYER_BASE")) or name.upper().endswith("_PROXY")
+    if name.upper().startswith(("LAYER_TOKEN", "LAYER_BASE", "PYTEST_ADDOPTS")) or name.upper().endswith("_PROXY")
 ]:
     del os.environ[name]
 

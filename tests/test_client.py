@@ -513,7 +513,9 @@ async def test_classify_turns_an_answer_into_an_error_that_is_retried_as_its_cla
         if document.get("error") == "busy":
             return ServerError("the answer says busy", status_code=503)
         if document.get("error"):
-            return NotFoundError("the answer says no", status_code=404, request=errors.RequestInfo("GET", "elsewhere"))
+            elsewhere = errors.RequestInfo("GET", "elsewhere")
+            met = (errors.AttemptInfo(1, "no", 200, 0.1),)
+            return NotFoundError("the answer says no", status_code=404, request=elsewhere, attempts=met)
         return None
 
     router.get("/api/busy").mock(
@@ -525,6 +527,7 @@ async def test_classify_turns_an_answer_into_an_error_that_is_retried_as_its_cla
         with pytest.raises(NotFoundError, match="the answer says no") as caught:
             await client.get("/api/no")
         assert caught.value.request == errors.RequestInfo("GET", "elsewhere")
+        assert [attempt.outcome for attempt in caught.value.attempts] == ["no"]
         assert client.pool.stats.in_use == 0
 
 

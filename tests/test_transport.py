@@ -569,6 +569,12 @@ async def test_the_client_goes_with_another_transport_and_then_has_no_pool() -> 
         assert client.connection_pool is None
 
 
+async def test_the_client_leaves_keep_alive_to_http_unless_told_otherwise() -> None:
+    async with HTTPClient() as client, HTTPClient(headers={"Connection": "close"}) as closing:
+        assert "connection" not in client.headers
+        assert closing.headers["connection"] == "close"
+
+
 async def test_the_client_keeps_no_cookies_and_names_the_codings_it_surely_knows(plain: FaultServer) -> None:
     def bake(ex: Exchange) -> None:
         ex.respond(b"", headers="Set-Cookie: a=b; Path=/\r\n")
