@@ -43,6 +43,7 @@ from ._telemetry import (
     GateShut,
     LoggingObserver,
     Observer,
+    OpenTelemetryObserver,
     RetryScheduled,
     TokensRefreshed,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "MissingTokensError",
     "NotFoundError",
     "Observer",
+    "OpenTelemetryObserver",
     "Outcome",
     "PermissionDeniedError",
     "PoolStats",

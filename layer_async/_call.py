@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,13 +32,22 @@ from ._errors import (
     ErrorContext,
     LayerError,
     RequestInfo,
-    error_class,
+    ResponseDecodeError,
     raise_translated,
+    scrub,
     status_error,
 )
 from ._exchange import EXTENSION, ExchangeRecord, is_replayable, read_bounded, retry_after
 from ._failures import is_safe_to_repeat
-from ._options import CALL_CHECKS, REQUEST_OPTIONS, checked_body, checked_method, merged_headers
+from ._options import (
+    CALL_CHECKS,
+    REQUEST_OPTIONS,
+    Quiet,
+    checked_body,
+    checked_method,
+    merged_headers,
+    merged_params,
+)
 from ._origin import Origin
 from ._pacing import Gate
 from ._pool import ConnectionPool
@@ -46,6 +55,13 @@ from ._retry import CallNext, Middleware, RetryBudget, RetryMiddleware, RetryPol
 from ._telemetry import CallFinished, Observer, notify
 
 MAX_REDIRECTS = 20
+
+
+class QuietRequest(httpx.Request):
+    """A request whose repr leaves out the query: a traceback that shows local variables shows it."""
+
+    def __repr__(self) -> str:
+        return f"<Request({self.method!r}, {RequestInfo.of(self).url!r})>"
 
 
 class Identity:
@@ -67,18 +83,21 @@ class CallSettings:
     max_response_bytes: int | None
     idempotent: bool | None = None
 
-    def updated(self, options: Mapping[str, Any]) -> CallSettings:
-        """These settings, with those of a call or a view put in place of them. Raises `ConfigurationError`."""
+    def updated(self, options: Mapping[str, Any], others: Collection[str] = REQUEST_OPTIONS) -> CallSettings:
+        """These settings, with those of a call or a view put in place of them; `others` are none of the settings.
+
+        Raises `ConfigurationError` for values that cannot work, TypeError for names that are not known.
+        """
         changes: dict[str, Any] = {}
-        for name, value in options.items():
+        for name in options:
             if name in CALL_CHECKS:
-                changes[name] = CALL_CHECKS[name](value)
-            elif name not in REQUEST_OPTIONS:
-                raise TypeError(f"there is no option {name!r}")
+                changes[name] = CALL_CHECKS[name](options[name])
+            elif name not in others:
+                raise TypeError(f"there is no option {name!r} here")
         return attrs.evolve(self, **changes) if changes else self
 
 
-@attrs.define(eq=False, kw_only=True)
+@attrs.define(eq=False, kw_only=True, repr=False)
 class Corridor:
     """What all calls of a client share. `pool` is None where slots are not ours (an injected transport or client)."""
 
@@ -94,26 +113,23 @@ class Corridor:
     observer: Observer
     is_closed: Callable[[], bool]
 
-    def begin(
-        self, method: str, path: str, options: Mapping[str, Any], *, into: Any = None, streamed: bool = False
-    ) -> Call:
-        """A call to be run once. Raises `ConfigurationError` for options that cannot work."""
+    def begin(self, method: str, given: Quiet, *, into: Any = None, streamed: bool = False) -> Call:
+        """A call to be run once; `given` is its path and its options. Raises `ConfigurationError` for what cannot work."""
         if into is not None:
             from ._codec import check_into  # here as below: who decodes nothing does not load the engine
 
             check_into(into)
-        settings = self.settings.updated(options) if options else self.settings
+        settings = self.settings.updated(given) if len(given) > 1 else self.settings
         document = None
-        if options and options.get("json") is not None:
+        if given.get("json") is not None:
             from ._codec import encode_json
 
             # Up front: what the caller does to it while the call waits is none of the call's.
-            document = encode_json(options["json"])
+            document = encode_json(given["json"])
         return Call(
             corridor=self,
             method=checked_method(method),
-            path=path,
-            options=options,
+            given=given,
             settings=settings,
             into=into,
             streamed=streamed,
@@ -121,14 +137,13 @@ class Corridor:
         )
 
 
-@attrs.define(eq=False, kw_only=True)
+@attrs.define(eq=False, kw_only=True, repr=False)
 class Call:
     """One call: what the user awaits. While it waits for its slot, little more than this exists of it."""
 
     corridor: Corridor
     method: str
-    path: str
-    options: Mapping[str, Any]
+    given: Quiet
     settings: CallSettings
     into: Any
     streamed: bool
@@ -155,16 +170,13 @@ class Call:
         done = False
         try:
             with self.scope:
-                response = await self._respond()
+                response = await self._translated()
                 status = response.status_code
                 self._raise_for_status(response)
                 value = response if self.into is None else self._decode(response)
                 done = True
             if not done:
                 raise self._deadline_exceeded()
-        except (httpx.RequestError, httpx.InvalidURL) as exc:
-            error = type(exc).__name__
-            raise_translated(exc, self._context())
         except BaseException as exc:
             error = type(exc).__name__
             if isinstance(exc, LayerError):
@@ -188,7 +200,7 @@ class Call:
         if record.info is not None:
             return record.info
         try:
-            return RequestInfo.of_url(self.method, self.corridor.origin.resolve(self.path))
+            return RequestInfo.of_url(self.method, self.corridor.origin.resolve(self.given["path"]))
         except ConfigurationError:
             return RequestInfo(self.method, f"{self.corridor.origin}/")
 
@@ -213,6 +225,12 @@ class Call:
 
     # The steps
 
+    async def _translated(self) -> httpx.Response:
+        try:
+            return await self._respond()
+        except (httpx.RequestError, httpx.InvalidURL) as exc:
+            raise_translated(exc, self._context())
+
     async def _respond(self) -> httpx.Response:
         corridor = self.corridor
         if not corridor.middleware:
@@ -227,31 +245,38 @@ class Call:
         send = _wrap(RetryMiddleware(policy, identity.budget, gate=identity.gate, observer=corridor.observer), send)
         for middleware in reversed(corridor.middleware):
             send = _wrap(middleware, send)
-        return await send(request)
+        response = await send(request)
+        if not isinstance(response, httpx.Response):
+            raise TypeError(f"a middleware must return an httpx.Response, not {type(response).__name__}")
+        return response
 
     def _build(self) -> httpx.Request:
         """The request. Raises `ConfigurationError` for what cannot be sent, quoting none of it."""
-        options = self.options
-        url = self.corridor.origin.resolve(self.path)
-        headers = merged_headers(self.corridor.headers, options.get("headers"))
-        content, data, files = checked_body(options)
-        if self.document is not None:
-            content = self.document
-            headers.setdefault("Content-Type", "application/json")
         try:
-            return self.corridor.http.build_request(
+            request = self.corridor.http.build_request(
                 self.method,
-                url,
-                params=options.get("params"),
-                headers=headers,
-                content=content,
-                data=data,
-                files=files,
+                self.corridor.origin.resolve(self.given["path"]),
                 timeout=self.settings.timeout,
+                **self._content(),
             )
+        except ConfigurationError:
+            raise
         except (TypeError, ValueError, AttributeError) as exc:  # httpx quotes the value, which may be a secret
-            what = f"params, data or files cannot be encoded ({type(exc).__name__})"
+            what = f"data or files cannot be encoded ({type(exc).__name__})"
+        else:
+            request.__class__ = QuietRequest
+            return request
         raise ConfigurationError(f"{what}: names and values are text, numbers, True, False or None; files are bytes.")
+
+    def _content(self) -> Quiet:
+        given = self.given
+        content = Quiet(checked_body(given))
+        content["params"] = merged_params(given["path"], given.get("params"))
+        content["headers"] = merged_headers(self.corridor.headers, given.get("headers"))
+        if self.document is not None:
+            content["content"] = self.document
+            content["headers"].setdefault("Content-Type", "application/json")
+        return content
 
     async def _admit(self) -> None:
         """Wait at the gate while it is shut, then for a slot; no slot is held at the gate."""
@@ -331,6 +356,8 @@ class Call:
         classify = self.corridor.classify
         if classify is not None and response.status_code < 400:
             error = classify(response)
+            if error is not None and not isinstance(error, LayerError):
+                raise TypeError(f"classify must return a LayerError or None, not {type(error).__name__}")
             if error is not None:
                 raise error
 
@@ -348,13 +375,13 @@ class Call:
         if self.into is not None and 300 <= code <= 399:
             target = response.next_request
             where = "nowhere" if target is None else str(Origin.of_url(target.url))
-            raise error_class(code)(
+            error = status_error(response, response.content, secrets=self.corridor.identity.auth.secrets)
+            message = (
                 f"{code}: a redirect to {where} that was not followed, so there is no document to read. "
-                "follow_redirects=True follows those that stay at the client's own origin.",
-                status_code=code,
-                headers=httpx.Headers(response.headers),
-                body=response.content[:BODY_LIMIT],
+                "follow_redirects=True follows those that stay at the client's own origin."
             )
+            error.args = (message,)
+            raise error
 
     def _decode(self, response: httpx.Response) -> Any:
         from ._codec import decode
@@ -374,7 +401,10 @@ class Call:
 
     def _complete(self, error: LayerError) -> None:
         """Tell `error` what only the call knows, where it does not say so itself."""
-        record = self.record
+        record, secrets = self.record, self.corridor.identity.auth.secrets
+        error.args = (scrub(str(error.args[0]), secrets),)
+        if isinstance(error, ResponseDecodeError):
+            error.path = scrub(error.path, secrets)
         if error.request is None:
             error.request = self.info
         if not error.attempts:

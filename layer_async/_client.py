@@ -27,11 +27,14 @@ from ._options import (
     BodyOptions,
     CallOptions,
     HeaderValues,
+    Quiet,
     ViewOptions,
     checked_bool,
     checked_callable,
     checked_deadline,
     checked_headers,
+    checked_middleware,
+    checked_proxy_url,
     checked_retry,
     checked_size,
     checked_timeout,
@@ -82,6 +85,8 @@ class AsyncLayerClient:
 
     _closed = True  # until construction is over: a client that failed to be made has nothing to close
     _is_view = False
+    _root: AsyncLayerClient | None = None
+    _origin: Origin | None = None
 
     def __init__(
         self,
@@ -107,13 +112,14 @@ class AsyncLayerClient:
         transport: httpx.AsyncBaseTransport | None = None,
         http_client: httpx.AsyncClient | None = None,
     ) -> None:
-        try:
-            source = resolve_tokens(token1=token1, token2=token2, tokens=tokens, environ=os.environ)
-        finally:
-            del token1, token2, tokens  # no traceback of what follows shows them
-        url = base_url if base_url is not None else os.environ.get("LAYER_BASE_URL") or BASE_URL
-        self._allow_http = allow_http
-        self._origin = Origin.parse(url, allow_http=allow_http)
+        given = Quiet({"tokens": tokens, "base_url": base_url, "headers": headers, "proxy": proxy})
+        pair = Quiet({"token1": token1, "token2": token2})
+        del token1, token2, tokens, base_url, headers, proxy  # no traceback that shows local variables shows them
+        self._allow_http = checked_bool("allow_http", allow_http)
+        source = Quiet({"source": _resolved(pair, given)})
+        self._origin = Origin.parse(
+            given.get("base_url") or os.environ.get("LAYER_BASE_URL") or BASE_URL, allow_http=allow_http
+        )
         self._observer: Observer = LoggingObserver() if observer is None else checked_callable("observer", observer)
         settings = CallSettings(
             timeout=checked_timeout(timeout),
@@ -121,7 +127,8 @@ class AsyncLayerClient:
             retry=checked_retry(retry),
             max_response_bytes=checked_size(max_response_bytes),
         )
-        own_headers = checked_headers(headers)
+        own_headers = checked_headers(given.get("headers"))
+        stages = checked_middleware(middleware)
         self._owns_http = http_client is None
         self._http, self._pool = _http_client(
             origin=self._origin,
@@ -129,18 +136,18 @@ class AsyncLayerClient:
             http_client=http_client,
             limits=limits,
             verify=verify,
-            proxy=proxy,
-            trust_env=trust_env,
+            proxy=checked_proxy_url(given.get("proxy")),
+            trust_env=checked_bool("trust_env", trust_env),
         )
         self._root = self
         self._corridor = Corridor(
             http=self._http,
             pool=self._pool,
             origin=self._origin,
-            identity=self._identity(source),
+            identity=self._identity(source.get("source")),
             headers=own_headers,
             settings=settings,
-            middleware=tuple(checked_callable("middleware", entry) for entry in middleware),
+            middleware=stages,
             classify=None if classify is None else checked_callable("classify", classify),
             follow_redirects=checked_bool("follow_redirects", follow_redirects),
             observer=self._observer,
@@ -150,6 +157,7 @@ class AsyncLayerClient:
 
     def _identity(self, source: TokenPair | TokenSource) -> Identity:
         observer = self._observer
+        assert self._origin is not None
         auth = DualTokenAuth(
             source,
             origin=self._origin,
@@ -159,7 +167,7 @@ class AsyncLayerClient:
         return Identity(auth, observer)
 
     def _is_closed(self) -> bool:
-        return self._root._closed or self._closed
+        return self._closed or self._root is None or self._root._closed
 
     # Calls
 
@@ -178,7 +186,9 @@ class AsyncLayerClient:
         Raises `APIStatusError` (by status) for 400 and above, `APIConnectionError` where no usable answer came,
         `ResponseDecodeError` where the answer is no `T`, `ConfigurationError` before anything is sent.
         """
-        return await self._corridor.begin(method, path, options, into=into).run()
+        given = Quiet(options, path=path)
+        del path, options  # no traceback that shows local variables shows them; likewise below
+        return await self._corridor.begin(method, given, into=into).run()
 
     @overload
     async def get(self, path: str, *, into: None = None, **options: Unpack[CallOptions]) -> httpx.Response: ...
@@ -186,7 +196,9 @@ class AsyncLayerClient:
     async def get(self, path: str, *, into: TypeForm[T], **options: Unpack[CallOptions]) -> T: ...
     async def get(self, path: str, *, into: Any = None, **options: Unpack[CallOptions]) -> Any:
         """GET `path`; see `request`."""
-        return await self.request("GET", path, into=into, **options)
+        given = Quiet(options, path=path)
+        del path, options
+        return await self._corridor.begin("GET", given, into=into).run()
 
     @overload
     async def delete(self, path: str, *, into: None = None, **options: Unpack[CallOptions]) -> httpx.Response: ...
@@ -194,7 +206,9 @@ class AsyncLayerClient:
     async def delete(self, path: str, *, into: TypeForm[T], **options: Unpack[CallOptions]) -> T: ...
     async def delete(self, path: str, *, into: Any = None, **options: Unpack[CallOptions]) -> Any:
         """DELETE `path`; see `request`."""
-        return await self.request("DELETE", path, into=into, **options)
+        given = Quiet(options, path=path)
+        del path, options
+        return await self._corridor.begin("DELETE", given, into=into).run()
 
     @overload
     async def head(self, path: str, *, into: None = None, **options: Unpack[CallOptions]) -> httpx.Response: ...
@@ -202,7 +216,9 @@ class AsyncLayerClient:
     async def head(self, path: str, *, into: TypeForm[T], **options: Unpack[CallOptions]) -> T: ...
     async def head(self, path: str, *, into: Any = None, **options: Unpack[CallOptions]) -> Any:
         """HEAD `path`; see `request`."""
-        return await self.request("HEAD", path, into=into, **options)
+        given = Quiet(options, path=path)
+        del path, options
+        return await self._corridor.begin("HEAD", given, into=into).run()
 
     @overload
     async def options(self, path: str, *, into: None = None, **options: Unpack[CallOptions]) -> httpx.Response: ...
@@ -210,7 +226,9 @@ class AsyncLayerClient:
     async def options(self, path: str, *, into: TypeForm[T], **options: Unpack[CallOptions]) -> T: ...
     async def options(self, path: str, *, into: Any = None, **options: Unpack[CallOptions]) -> Any:
         """OPTIONS `path`; see `request`."""
-        return await self.request("OPTIONS", path, into=into, **options)
+        given = Quiet(options, path=path)
+        del path, options
+        return await self._corridor.begin("OPTIONS", given, into=into).run()
 
     @overload
     async def post(self, path: str, *, into: None = None, **options: Unpack[BodyOptions]) -> httpx.Response: ...
@@ -218,7 +236,9 @@ class AsyncLayerClient:
     async def post(self, path: str, *, into: TypeForm[T], **options: Unpack[BodyOptions]) -> T: ...
     async def post(self, path: str, *, into: Any = None, **options: Unpack[BodyOptions]) -> Any:
         """POST to `path`; see `request`. Not retried once the server may have acted on it, unless `idempotent=True`."""
-        return await self.request("POST", path, into=into, **options)
+        given = Quiet(options, path=path)
+        del path, options
+        return await self._corridor.begin("POST", given, into=into).run()
 
     @overload
     async def put(self, path: str, *, into: None = None, **options: Unpack[BodyOptions]) -> httpx.Response: ...
@@ -226,7 +246,9 @@ class AsyncLayerClient:
     async def put(self, path: str, *, into: TypeForm[T], **options: Unpack[BodyOptions]) -> T: ...
     async def put(self, path: str, *, into: Any = None, **options: Unpack[BodyOptions]) -> Any:
         """PUT to `path`; see `request`."""
-        return await self.request("PUT", path, into=into, **options)
+        given = Quiet(options, path=path)
+        del path, options
+        return await self._corridor.begin("PUT", given, into=into).run()
 
     @overload
     async def patch(self, path: str, *, into: None = None, **options: Unpack[BodyOptions]) -> httpx.Response: ...
@@ -234,7 +256,9 @@ class AsyncLayerClient:
     async def patch(self, path: str, *, into: TypeForm[T], **options: Unpack[BodyOptions]) -> T: ...
     async def patch(self, path: str, *, into: Any = None, **options: Unpack[BodyOptions]) -> Any:
         """PATCH `path`; see `request`. Not retried once the server may have acted on it, unless `idempotent=True`."""
-        return await self.request("PATCH", path, into=into, **options)
+        given = Quiet(options, path=path)
+        del path, options
+        return await self._corridor.begin("PATCH", given, into=into).run()
 
     @asynccontextmanager
     async def stream(
@@ -247,10 +271,12 @@ class AsyncLayerClient:
         does, for status 400 and above too, after reading the error's body; an error while the body streams is raised
         as ours and is not retried.
         """
-        call = self._corridor.begin(method, path, options, streamed=True)
+        given = Quiet(options, path=path)
+        del path, options
+        call = self._corridor.begin(method, given, streamed=True)
+        limit = given.get("max_response_bytes")
         try:
             response: httpx.Response = await call.run()
-            limit = options.get("max_response_bytes")
             if limit is not None:
                 bound_body(response, limit)
             try:
@@ -395,19 +421,20 @@ class AsyncLayerClient:
         `headers` are added to the client's. Other `tokens` have their own state, retry budget and gate. Closing a view
         closes nothing; closing the client closes its views.
         """
-        changes: dict[str, Any] = dict(options)
-        headers, tokens = changes.pop("headers", None), changes.pop("tokens", None)
+        given = Quiet(options)
+        del options
+        settings = self._corridor.settings.updated(given, others=("headers", "tokens"))
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._is_view = True
         view._corridor = attrs.evolve(
             self._corridor,
-            headers=merged_headers(self._corridor.headers, headers),
-            settings=self._corridor.settings.updated(changes),
+            headers=merged_headers(self._corridor.headers, given.get("headers")),
+            settings=settings,
             is_closed=view._is_closed,
         )
-        if tokens is not None:
-            view._corridor.identity = view._identity(resolve_tokens(tokens=tokens))
+        if given.get("tokens") is not None:
+            view._corridor.identity = view._identity(resolve_tokens(tokens=given.get("tokens")))
         return view
 
     @property
@@ -452,6 +479,12 @@ class AsyncLayerClient:
         raise TypeError("a client holds tokens and sockets: it cannot be pickled or copied.")
 
 
+def _resolved(pair: Quiet, given: Quiet) -> TokenPair | TokenSource:
+    return resolve_tokens(
+        token1=pair.get("token1"), token2=pair.get("token2"), tokens=given.get("tokens"), environ=os.environ
+    )
+
+
 def _http_client(
     *,
     origin: Origin,
@@ -459,7 +492,7 @@ def _http_client(
     http_client: httpx.AsyncClient | None,
     limits: httpx.Limits | None,
     verify: bool | ssl.SSLContext | None,
-    proxy: str | httpx.URL | httpx.Proxy | None,
+    proxy: httpx.Proxy | None,
     trust_env: bool,
 ) -> tuple[httpx.AsyncClient, ConnectionPool | None]:
     given = {"limits": limits, "verify": verify, "proxy": proxy}
@@ -467,6 +500,8 @@ def _http_client(
         for name, value in given.items():
             if value is not None:
                 raise ConfigurationError(f"{name}= is a matter of the transport= or http_client= that you give.")
+    if limits is not None and not isinstance(limits, httpx.Limits):
+        raise ConfigurationError(f"limits= must be httpx.Limits, not {type(limits).__name__}.")
     if http_client is not None:
         if transport is not None:
             raise ConfigurationError("give transport= or http_client=, not both.")

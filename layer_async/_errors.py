@@ -73,7 +73,8 @@ class RequestInfo:
     @classmethod
     def of_url(cls, method: str, url: httpx.URL) -> RequestInfo:
         """`method` and `url`, less user, query and fragment."""
-        return cls(method, f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}")
+        path = url.raw_path.partition(b"?")[0].decode("ascii")  # as sent: what was escaped forges no line of a log
+        return cls(method, f"{url.scheme}://{url.netloc.decode('ascii')}{path}")
 
     def __str__(self) -> str:
         return f"{self.method} {self.url}"
@@ -284,9 +285,32 @@ def error_class(status_code: int) -> type[APIStatusError]:
 
 
 def scrub(text: str, secrets: Iterable[str]) -> str:
-    """`text` with every occurrence of each of `secrets` replaced by asterisks."""
+    """`text` with asterisks in place of each of `secrets`, also where it is escaped as JSON, URLs or HTML escape."""
     for secret in secrets:
-        text = text.replace(secret, "***")
+        text = re.sub(_in_any_spelling(secret), "***", text, flags=re.IGNORECASE)
+    return text
+
+
+def _in_any_spelling(secret: str) -> str:
+    """A pattern for `secret`: each character as itself or by one of the usual escapes, perhaps with filling between."""
+    return r"[\x00\s]?".join(_spellings(char, ord(char)) for char in secret)
+
+
+def _spellings(char: str, code: int) -> str:
+    itself = rf"\\?{re.escape(char)}"
+    entity = _ENTITIES.get(char, "")
+    return rf"(?:{itself}|\\u00{code:02x}|%{code:02x}|&\#0*{code};|&\#x0*{code:x};{entity})"
+
+
+_ENTITIES = {"&": "|&amp;", "<": "|&lt;", ">": "|&gt;", '"': "|&quot;", "'": "|&apos;", "/": "|&sol;", "+": "|&plus;"}
+
+
+def _without_cut_secret(text: str, secrets: Iterable[str]) -> str:
+    """`text` less the beginning of a secret at its end: a body that was cut may have been cut right there."""
+    for secret in secrets:
+        for length in range(len(secret) - 1, 3, -1):
+            if text.endswith(secret[:length]):
+                return text[:-length]
     return text
 
 
@@ -303,12 +327,10 @@ def status_error(
     `body` is what was read of the body, decoded; `secrets` are token values to scrub from all that the server said.
     """
     secrets = tuple(secrets)
-    body = body[:BODY_LIMIT]
-    for secret in secrets:
-        body = body.replace(secret.encode(), b"***")
+    body = scrubbed_body(body, secrets)
     headers = httpx.Headers([(name, scrub(value, secrets)) for name, value in response.headers.multi_items()])
     code = response.status_code
-    words = _server_message(body)
+    words = scrub(_server_message(body), secrets)
     parts = [f"{code} {scrub(response.reason_phrase, secrets)}".strip() + ".", ADVICE.get(code, "")]
     if words:
         parts.append(f"The server says: {words}")
@@ -323,6 +345,15 @@ def status_error(
     )
 
 
+def scrubbed_body(body: bytes, secrets: Iterable[str]) -> bytes:
+    """The first 64 KiB of `body`, without `secrets`."""
+    secrets = tuple(secrets)
+    text = body[:BODY_LIMIT].decode("latin-1")  # any bytes, and back again as they were
+    if len(body) >= BODY_LIMIT:
+        text = _without_cut_secret(text, secrets)
+    return scrub(text, secrets).encode("latin-1")
+
+
 REQUEST_ID_HEADERS = ("x-request-id", "request-id", "x-correlation-id", "x-amzn-requestid")
 
 
@@ -333,7 +364,8 @@ def _server_message(body: bytes) -> str:
         document = json.loads(body)
     except (ValueError, RecursionError):
         if "<html" in text[:1024].lower():
-            text = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
+            # Within bounds: what a server sends must not keep the event loop busy.
+            text = re.sub(r"<(script|style)\b.*?</\1>|<[^<>]*>", " ", text[:2048], flags=re.DOTALL | re.IGNORECASE)
     else:
         text = _find_message(document) or text
     text = "".join(c if c.isprintable() else " " for c in text)
@@ -341,15 +373,15 @@ def _server_message(body: bytes) -> str:
     return text if len(text) <= MESSAGE_LIMIT else text[: MESSAGE_LIMIT - 1] + "…"
 
 
-def _find_message(document: Any) -> str | None:
+def _find_message(document: Any, depth: int = 8) -> str | None:
     if isinstance(document, str):
         return document
-    if isinstance(document, list) and document:
-        return _find_message(document[0])
-    if isinstance(document, dict):
+    if isinstance(document, list) and document and depth:
+        return _find_message(document[0], depth - 1)
+    if isinstance(document, dict) and depth:
         lowered = {key.lower(): value for key, value in document.items()}
         for key in ("message", "detail", "error_description", "error", "title", "errors"):
-            if found := _find_message(lowered.get(key)):
+            if found := _find_message(lowered.get(key), depth - 1):
                 return found
     return None
 
@@ -375,7 +407,7 @@ TIMEOUT_PHASES: dict[type[httpx.TimeoutException], str] = {
 def raise_translated(error: httpx.RequestError | httpx.InvalidURL, known: ErrorContext) -> NoReturn:
     """Raise the error of our tree that stands for one of httpx's; `known` is what is known of the call.
 
-    The cause stays with it, except where httpx quotes what it refuses, which may be a secret.
+    The cause stays with it, except where httpx quotes what it refuses: that may be a secret, of ours or echoed.
     """
     context: dict[str, Any] = {
         "request": known.request,
@@ -392,11 +424,13 @@ def raise_translated(error: httpx.RequestError | httpx.InvalidURL, known: ErrorC
     if isinstance(error, httpx.LocalProtocolError | httpx.InvalidURL):
         what = "the URL is not valid" if isinstance(error, httpx.InvalidURL) else "a header or the body is not HTTP"
         del error
-        raise ConfigurationError(f"{what}; nothing was sent.", request=known.request) from None
+        raise ConfigurationError(f"{what}; it was not sent, or not whole.", request=known.request) from None
     if isinstance(error, httpx.UnsupportedProtocol):
         raise ConfigurationError("the URL is neither http nor https.", request=known.request) from error
     if isinstance(error, httpx.RemoteProtocolError | httpx.DecodingError):
         if isinstance(error, httpx.RemoteProtocolError) and known.response_started is False:
             raise APIConnectionError("the server closed the connection without an answer.", **context) from error
-        raise MalformedResponseError(f"the answer cannot be trusted: {error}.", **context) from error
+        text = f"the answer cannot be trusted: {error}."
+        del error
+        raise MalformedResponseError(text, **context) from None
     raise APIConnectionError(f"no answer: {str(error) or type(error).__name__}.", **context) from error

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncIterable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypedDict, TypeVar
 
 import httpx
@@ -67,6 +68,13 @@ class ViewOptions(TypedDict, total=False):
     tokens: TokenPair | TokenSource
 
 
+class Quiet(dict[str, Any]):
+    """Values that no traceback shows, though it shows local variables."""
+
+    def __repr__(self) -> str:
+        return f"<{', '.join(self)}>"
+
+
 # Checks: each returns its value, or says what is wrong with it before anything is sent. None quotes a header.
 
 
@@ -117,9 +125,29 @@ def checked_callable(name: str, value: F) -> F:
     raise ConfigurationError(f"{name} must be callable, and {type(value).__name__} is not.")
 
 
+def checked_middleware(values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise ConfigurationError(f"middleware must be a list of async callables, not {type(values).__name__}.")
+    return tuple(checked_callable("each middleware", entry) for entry in values)
+
+
+def checked_proxy_url(value: Any) -> httpx.Proxy | None:
+    """An `httpx.Proxy`, whose repr masks its password."""
+    if value is None or isinstance(value, httpx.Proxy):
+        return value
+    if isinstance(value, str | httpx.URL):
+        with suppress(httpx.InvalidURL, ValueError):
+            return httpx.Proxy(value)
+    kind = type(value).__name__
+    del value
+    raise ConfigurationError(
+        f"proxy must be the URL of a proxy (http://host:port) or an httpx.Proxy; this {kind} is not."
+    )
+
+
 def checked_method(value: Any) -> str:
-    if value in METHODS:
-        return value  # type: ignore[no-any-return]
+    if isinstance(value, str) and value in METHODS:
+        return value
     if isinstance(value, str) and re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", value):  # RFC 9110 section 9.1: a token
         method = value.upper()
         if method not in ("CONNECT", "TRACE"):
@@ -127,32 +155,99 @@ def checked_method(value: Any) -> str:
     raise ConfigurationError(f"{value!r} is no method to call an API with.")
 
 
-def checked_body(options: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+def checked_body(options: Quiet) -> dict[str, Any]:
     """The `content`, `data` and `files` of a call, of which there may be one body, `json` counted."""
-    content, data, files = options.get("content"), options.get("data"), checked_files(options.get("files"))
+    body = {name: options.get(name) for name in ("content", "data", "files")}
+    flaw = _body_flaw(options, **body)
+    if flaw is not None:
+        del body
+        raise ConfigurationError(flaw)
+    return body
+
+
+def _body_flaw(options: Quiet, content: Any, data: Any, files: Any) -> str | None:
     bodies = (options.get("json") is not None, content is not None, data is not None or files is not None)
     if sum(bodies) > 1:
-        raise ConfigurationError("a request has one body: give json=, or content=, or data= and files=.")
+        return "a request has one body: give json=, or content=, or data= and files=."
     if content is not None and not isinstance(content, str | bytes | AsyncIterable):
-        raise ConfigurationError(f"content must be bytes, text or an async iterable, not {type(content).__name__}.")
-    return content, data, files
+        return f"content must be bytes, text or an async iterable, not {type(content).__name__}."
+    names = {name.lower() for name in _read_names(options.get("headers"))}
+    if "content-length" in names and not isinstance(content, AsyncIterable):
+        return "Content-Length is set by the client, but for an async iterable whose length you know."
+    if data is not None and not isinstance(data, Mapping):
+        return f"data must be a mapping of form fields, not {type(data).__name__}."
+    for field in (data or {}).values():
+        if _is_odd(field):
+            return f"a field of data must be text, a number, True, False or None, not {type(field).__name__}."
+    return _files_flaw(files)
 
 
-def checked_files(values: Any) -> Any:
+def _read_names(headers: Any) -> Iterable[str]:
+    checked = _read_headers(headers)
+    return () if isinstance(checked, str) else checked.keys()
+
+
+def _is_odd(value: Any) -> bool:
+    """Whether httpx would send the repr of `value` where a query or a form wants text."""
+    if isinstance(value, list | tuple):
+        return any(isinstance(each, list | tuple) or _is_odd(each) for each in value)
+    return (value is not None and not isinstance(value, str | int | float)) or value != value
+
+
+def merged_params(path: str, values: Any) -> Any:
+    """The query: that of `path`, with `values` put in place of those of the same name; None: that of `path` alone."""
+    flaw = _params_flaw(values)
+    if flaw is not None:
+        del values
+        raise ConfigurationError(flaw)
+    query = path.partition("#")[0].partition("?")[2]
+    if values is None or not values:
+        return None
+    return httpx.QueryParams(query).merge(values) if query else values
+
+
+def _params_flaw(values: Any) -> str | None:
+    if values is None or isinstance(values, str | httpx.QueryParams):
+        return "params must be text that can be encoded." if values is not None and _is_broken(str(values)) else None
+    pairs = values.items() if isinstance(values, Mapping) else values
+    if not isinstance(values, Mapping | list | tuple) or not all(_is_pair(pair) for pair in pairs):
+        return f"params must be a mapping, a list of pairs, or text, not {type(values).__name__}."
+    for name, value in pairs:
+        if not isinstance(name, str) or _is_odd(value) or _is_broken(f"{name}{value}"):
+            return f"a parameter must be text, a number, True, False, None, or a list of these: {type(value).__name__}."
+    return None
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, tuple | list) and len(pair) == 2
+
+
+def _is_broken(text: str) -> bool:
+    """Whether `text` has half a surrogate pair, which UTF-8 cannot say."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _files_flaw(values: Any) -> str | None:
     """A file is bytes, text or something to read from, or a tuple whose second member is that (as in httpx)."""
+    if values is not None and not isinstance(values, Mapping | list | tuple):
+        return f"files must be a mapping or a list of pairs, not {type(values).__name__}."
     for entry in values.items() if isinstance(values, Mapping) else values or ():
         file = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
         file = file[1] if isinstance(file, tuple) and len(file) > 1 else file
         if not isinstance(file, str | bytes) and not hasattr(file, "read"):
-            raise ConfigurationError(f"a file must be bytes, text or open for reading, not {type(file).__name__}.")
-    return values
+            return f"a file must be bytes, text or open for reading, not {type(file).__name__}."
+    return None
 
 
 def merged_headers(ours: httpx.Headers, values: Any) -> httpx.Headers:
     """A copy of `ours`, with `values` put in place of those of the same name."""
+    added = _read_headers(values)
+    del values
+    if isinstance(added, str):
+        raise ConfigurationError(added)
     merged = httpx.Headers(ours)
-    if values is not None:
-        merged.update(checked_headers(values))
+    if added:
+        merged.update(added)
     return merged
 
 
@@ -164,20 +259,32 @@ _LEGAL_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 def checked_headers(values: Any) -> httpx.Headers:
     """RFC 9110 section 5: a name is a token, a value has no control characters. Values are never quoted."""
+    headers = _read_headers(values)
+    if isinstance(headers, str):
+        del values
+        raise ConfigurationError(headers)
+    return headers
+
+
+def _read_headers(values: Any) -> httpx.Headers | str:
     if values is None:
         return httpx.Headers()
     try:
         headers = httpx.Headers(values)
     except (TypeError, ValueError, AttributeError):
-        raise ConfigurationError("headers must be a mapping or pairs of ASCII text.") from None
+        return "headers must be a mapping or pairs of ASCII text."
+    if not isinstance(values, httpx.Headers | Mapping) and any(isinstance(entry, str) for entry in values):
+        return "headers must be a mapping or pairs of ASCII text, not texts."
     for name, value in headers.raw:
-        shown = name.decode("ascii", "backslashreplace")
-        if name.lower() in (b"token1", b"token2"):
-            raise ConfigurationError(f"{shown} is set by the client: give tokens as token1= and token2=, or tokens=.")
+        shown, lower = name.decode("ascii", "backslashreplace"), name.lower()
+        if lower in (b"token1", b"token2"):
+            return f"{shown} is set by the client: give tokens as token1= and token2=, or tokens=."
+        if lower in (b"host", b"transfer-encoding"):
+            return f"{shown} is set by the client: it follows from the URL and the body."
         if not _LEGAL_NAME.fullmatch(name):
-            raise ConfigurationError(f"{shown!r} is no header name.")
+            return f"{shown!r} is no header name."
         if _ILLEGAL_VALUE.search(value):
-            raise ConfigurationError(f"the value of header {shown} has characters that a header may not have.")
+            return f"the value of header {shown} has characters that a header may not have."
     return headers
 
 
@@ -188,4 +295,4 @@ CALL_CHECKS: dict[str, Callable[[Any], Any]] = {
     "max_response_bytes": checked_size,
     "idempotent": checked_idempotent,
 }
-REQUEST_OPTIONS = frozenset({"params", "headers", "json", "content", "data", "files"})
+REQUEST_OPTIONS = frozenset({"path", "params", "headers", "json", "content", "data", "files"})

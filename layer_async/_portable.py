@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import h11
 import httpcore
 import httpx
 
@@ -96,6 +97,8 @@ class PortableConnection:
         except BaseException as exc:
             self.close()
             await body.aclose()
+            if isinstance(exc, h11.LocalProtocolError):  # and those of h11, from the body on
+                raise httpcore.LocalProtocolError(str(exc)) from exc
             if type(exc).__module__.startswith("socksio."):  # httpcore lets those of its SOCKS library through
                 raise httpcore.ProxyError(f"the SOCKS proxy does not speak SOCKS: {exc}") from exc
             raise

@@ -240,6 +240,8 @@ class RetryMiddleware:
     ) -> None:
         if not isinstance(policy, RetryPolicy):
             raise ConfigurationError(f"policy must be a RetryPolicy, not {type(policy).__name__}.")
+        if budget is not None and not isinstance(budget, RetryBudget):
+            raise ConfigurationError(f"budget must be a RetryBudget, not {type(budget).__name__}.")
         self.policy = policy
         self.budget = RetryBudget() if budget is None else budget
         self._gate = gate

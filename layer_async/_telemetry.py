@@ -7,11 +7,12 @@ it must be quick, and what it raises is logged and goes no further, since a brok
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 
-from ._errors import RequestInfo
+from ._errors import ConfigurationError, RequestInfo
+from ._version import __version__
 
 __all__ = [
     "AttemptFinished",
@@ -20,6 +21,7 @@ __all__ = [
     "GateShut",
     "LoggingObserver",
     "Observer",
+    "OpenTelemetryObserver",
     "RetryScheduled",
     "TokensRefreshed",
 ]
@@ -131,3 +133,45 @@ class LoggingObserver:
                     event.attempts,
                     event.elapsed,
                 )
+
+
+class OpenTelemetryObserver:
+    """Counts events with OpenTelemetry: give it as `observer=`. Needs the extra `otel`, and a meter provider.
+
+    `layer.call.duration` (seconds) and `layer.attempts` by method and outcome (a status, or an error's name),
+    `layer.retries` by cause, `layer.gate.shut` (seconds) and `layer.token.refreshes`. `meter` is an OpenTelemetry
+    meter; by default that of the global provider. No URL becomes an attribute: there may be as many as documents. For
+    spans use OpenTelemetry's own instrumentation of httpx, which sees each attempt. Raises `ConfigurationError` without
+    the extra.
+    """
+
+    def __init__(self, meter: Any = None) -> None:
+        if meter is None:
+            try:
+                from opentelemetry.metrics import get_meter
+            except ImportError:
+                raise ConfigurationError("OpenTelemetryObserver needs the extra `otel` of layer-async.") from None
+            meter = get_meter("layer_async", __version__)
+        self._duration = meter.create_histogram("layer.call.duration", "s", "from the start of a call to its end")
+        self._attempts = meter.create_counter("layer.attempts", "1", "attempts that came back")
+        self._retries = meter.create_counter("layer.retries", "1", "attempts that followed a failed one")
+        self._shut = meter.create_histogram("layer.gate.shut", "s", "for how long the server wanted no attempt")
+        self._refreshes = meter.create_counter("layer.token.refreshes", "1", "pairs of tokens taken from the source")
+
+    def __call__(self, event: Event, /) -> None:
+        """Count `event`."""
+        match event:
+            case CallFinished():
+                self._duration.record(event.elapsed, _attributes(event))
+            case AttemptFinished():
+                self._attempts.add(1, _attributes(event))
+            case RetryScheduled():
+                self._retries.add(1, {"http.request.method": event.request.method, "layer.cause": event.cause})
+            case GateShut():
+                self._shut.record(event.delay)
+            case _:
+                self._refreshes.add(1)
+
+
+def _attributes(event: CallFinished | AttemptFinished) -> dict[str, str]:
+    return {"http.request.method": event.request.method, "layer.outcome": event.error or str(event.status_code)}

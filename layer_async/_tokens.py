@@ -113,7 +113,9 @@ class _Environment:
         paths = [self.environ.get(name) for name in FILE_VARIABLES]
         unset = [name for name, path in zip(HEADER_NAMES, paths, strict=True) if not path]
         if not unset:
-            return file_tokens(*cast(list[str], paths))
+            source = file_tokens(*cast(list[str], paths))
+            source()  # a service that cannot authenticate should not start; it is read again for the first call
+            return source
         where = f"the variables {' and '.join(FILE_VARIABLES)} of the environment"
         if len(unset) == len(paths):
             where = f"token1= and token2=, tokens=, the variables {' and '.join(VARIABLES)}, then {where}"

@@ -350,11 +350,12 @@ class LineWriter:
         again.
         """
         with writing("stdout" if name == "-" else name):
-            file = standard(1, sys.stdout) if name == "-" else io.FileIO(name, "xb")
+            is_device = os.path.exists(name) and not os.path.isfile(name)  # a pipe too: there is nothing to overwrite
+            file = standard(1, sys.stdout) if name == "-" else io.FileIO(name, "wb" if is_device else "xb")
         try:
             yield cls("stdout" if name == "-" else name, file)
         except BaseException:
-            if name != "-" and os.fstat(file.fileno()).st_size == 0:
+            if name != "-" and not is_device and os.fstat(file.fileno()).st_size == 0:
                 with contextlib.suppress(OSError):
                     os.unlink(name)
             raise

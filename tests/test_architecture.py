@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "_errors": set(),
     "_exchange": {"_errors"},
-    "_telemetry": {"_errors"},
+    "_telemetry": {"_errors", "_version"},
     "_tokens": {"_errors"},
     "_origin": {"_errors", "_tokens"},
     "_auth": {"_errors", "_exchange", "_origin", "_tokens"},

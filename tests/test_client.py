@@ -119,6 +119,20 @@ async def test_query_headers_and_json_go_out_as_given(client: AsyncLayerClient, 
     assert json.loads(request.content) == {"id": 1, "name": "Ä"}
 
 
+async def test_a_query_in_the_path_and_params_go_together(client: AsyncLayerClient, router: respx.MockRouter) -> None:
+    router.get(path="/api/x").respond(200)
+    for params, query in (
+        ({"b": 2}, b"a=1&b=2"),
+        ({"a": 2}, b"a=2"),
+        ({}, b"a=1"),
+        (None, b"a=1"),
+        ([("b", "2"), ("b", "3")], b"a=1&b=2&b=3"),
+        ("b=2", b"a=1&b=2"),
+    ):
+        await client.get("/api/x?a=1", params=params)  # type: ignore[arg-type]
+        assert sent(router).url.query == query
+
+
 async def test_a_form_files_and_raw_content_go_out_as_httpx_sends_them(
     client: AsyncLayerClient, router: respx.MockRouter
 ) -> None:
@@ -531,6 +545,21 @@ async def test_classify_turns_an_answer_into_an_error_that_is_retried_as_its_cla
         assert client.pool.stats.in_use == 0
 
 
+async def test_hooks_that_return_the_wrong_thing_are_told_so(router: respx.MockRouter) -> None:
+    async def forgetful(request: httpx.Request, call_next: CallNext) -> httpx.Response:
+        await call_next(request)
+        return None  # type: ignore[return-value]
+
+    router.get("/api/x").respond(200)
+    async with make(middleware=[forgetful]) as client:
+        with pytest.raises(TypeError, match=r"a middleware must return an httpx\.Response, not NoneType"):
+            await client.get("/api/x")
+    async with make(classify=lambda response: True) as client:
+        with pytest.raises(TypeError, match="classify must return a LayerError or None, not bool"):
+            await client.get("/api/x")
+        assert client.pool.stats.in_use == 0
+
+
 async def test_events_tell_of_attempts_retries_and_calls(router: respx.MockRouter) -> None:
     events: list[Event] = []
     router.get("/api/x").mock(side_effect=[httpx.Response(503), httpx.Response(200)])
@@ -783,8 +812,9 @@ async def test_a_view_shares_the_connections_and_changes_only_what_is_given(
     assert sent(router).headers["X-Tenant"] == "7"
     assert sent(router).headers["Token1"] == TOKEN1
     assert sent(router).extensions["timeout"] == {"connect": 3, "read": 3, "write": 3, "pool": None}
-    with pytest.raises(TypeError, match="there is no option 'colour'"):
-        client.with_options(colour=1)  # type: ignore[call-arg]
+    for option in ("colour", "params", "json"):
+        with pytest.raises(TypeError, match=f"there is no option '{option}' here"):
+            client.with_options(**{option: 1})  # type: ignore[arg-type]
 
 
 async def test_a_view_with_other_tokens_has_its_own_state(client: AsyncLayerClient, router: respx.MockRouter) -> None:
@@ -832,6 +862,7 @@ async def test_a_client_that_could_not_be_made_has_nothing_to_close() -> None:
         with pytest.raises(ConfigurationError):
             make(timeout=-1)
         gc.collect()
+        assert repr(object.__new__(AsyncLayerClient)) == "<AsyncLayerClient None closed>"
 
 
 async def test_a_client_is_readable_and_cannot_be_pickled(client: AsyncLayerClient) -> None:
@@ -901,6 +932,12 @@ async def test_an_injected_client_is_used_and_left_open() -> None:
         ({"headers": {"X-A": "\u20ac5ecret"}}, "ASCII"),
         ({"headers": {"X A": "a"}}, "no header name"),
         ({"headers": 7}, "headers must be"),
+        ({"allow_http": "no"}, "allow_http must be True or False"),
+        ({"trust_env": "no"}, "trust_env must be True or False"),
+        ({"middleware": "no"}, "middleware must be a list"),
+        ({"limits": 5}, "limits= must be httpx.Limits"),
+        ({"proxy": 5}, "proxy must be"),
+        ({"proxy": "ftp://user:5ecret@host.invalid"}, "proxy must be"),
         ({"limits": httpx.Limits(), "transport": Never()}, "limits= is a matter"),
         ({"verify": True, "transport": Never()}, "verify= is a matter"),
         ({"proxy": "http://localhost:1", "transport": Never()}, "proxy= is a matter"),
@@ -942,8 +979,21 @@ async def test_missing_tokens_say_which_and_where_they_were_looked_for() -> None
         ("/api/x", {"content": [b"a"]}, "content must be"),
         ("/api/x", {"json": object()}, "json= cannot be encoded"),
         ("/api/x", {"json": float("nan")}, "NaN"),
-        ("/api/x", {"params": {"a": "\ud800"}}, "cannot be encoded"),
-        ("/api/x", {"params": 7}, "cannot be encoded"),
+        ("/api/x", {"params": {"a": "\ud800"}}, "a parameter must be"),
+        ("/api/x", {"params": "\ud800"}, "params must be text"),
+        ("/api/x", {"params": 7}, "params must be"),
+        ("/api/x", {"params": [1]}, "params must be"),
+        ("/api/x", {"params": {"a": b"x"}}, "a parameter must be"),
+        ("/api/x", {"params": {"a": [{}]}}, "a parameter must be"),
+        ("/api/x", {"params": {1: "x"}}, "a parameter must be"),
+        ("/api/x", {"params": {"a": float("nan")}}, "a parameter must be"),
+        ("/api/x", {"data": [("a", "b")]}, "data must be a mapping"),
+        ("/api/x", {"data": {"a": object()}}, "a field of data"),
+        ("/api/x", {"data": {"a": "\ud800"}}, "cannot be encoded"),
+        ("/api/x", {"files": 5}, "files must be"),
+        ("/api/x", {"json": {}, "headers": {"Content-Length": "50"}}, "Content-Length is set by the client"),
+        ("/api/x", {"headers": {"Host": "evil.invalid"}}, "Host is set by the client"),
+        ("/api/x", {"headers": ["ab", "cd"]}, "not texts"),
         ("/api/x", {"files": {"a": 7}}, "a file must be"),
     ],
 )

@@ -142,6 +142,45 @@ def test_token_values_are_scrubbed_from_all_that_the_server_said() -> None:
     assert scrub("a hush-1 b", ["hush-1"]) == "a *** b"
 
 
+TOKEN = "Qm9i+c2Vj/cmV0"
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        rb'{"message": "invalid token Qm9i\u002Bc2Vj\/cmV0"}',
+        b"token=Qm9i%2Bc2Vj%2fcmV0",
+        b"<html><p>Qm9i&#43;c2Vj&#x2F;cmV0</p></html>",
+        b"<html><p>Qm9i+c2V<wbr>j/cmV0</p></html>",
+        b"<html><p>Qm9i&plus;c2Vj&sol;cmV0</p></html>",
+        b"qM9I+C2vJ/CMv0",
+        TOKEN.encode("utf-16"),
+        b"x" * (64 * 1024 - 9) + TOKEN.encode(),
+    ],
+)
+def test_a_token_that_the_server_echoes_in_another_spelling_is_scrubbed_too(echo: bytes) -> None:
+    error = status_error(httpx.Response(401), echo, secrets=(TOKEN,))
+    shown = f"{error} {error.body.decode('latin-1')}".lower().replace("\x00", "")
+    for spelling in ("qm9i+c2vj", "qm9i\\u002bc2", "qm9i%2bc2", "qm9i&#43;c2", "qm9i&plus;"):
+        assert spelling not in shown
+
+
+def test_a_body_of_any_bytes_is_kept_as_it_came() -> None:
+    body = bytes(range(256)) * 10
+    assert status_error(httpx.Response(400), body, secrets=("hush-hush",)).body == body
+    assert len(status_error(httpx.Response(400), b"x" * 100_000, secrets=("hush-hush",)).body) == 64 * 1024
+
+
+@pytest.mark.parametrize("body", [b"<html" + b"<" * 65_000, b"<html>" + b"<script" * 9_300, b'{"error":' * 1_500])
+def test_an_error_body_keeps_nobody_busy(body: bytes) -> None:
+    assert len(str(status_error(httpx.Response(400), body))) < 300
+
+
+def test_a_very_deep_error_body_is_no_error_of_its_own() -> None:
+    assert str(status_error(httpx.Response(400), b"[" * 900 + b"]" * 900)).startswith("400")
+    assert str(status_error(httpx.Response(400), b'{"error":' * 900 + b'"x"' + b"}" * 900)).startswith("400")
+
+
 def test_a_request_is_shown_without_user_query_and_fragment() -> None:
-    request = httpx.Request("GET", "https://user:pass@host.invalid:8443/api/x?q=1#f")
-    assert str(RequestInfo.of(request)) == "GET https://host.invalid:8443/api/x"
+    request = httpx.Request("GET", "https://user:pass@host.invalid:8443/api/x%0AERROR%20forged?q=1#f")
+    assert str(RequestInfo.of(request)) == "GET https://host.invalid:8443/api/x%0AERROR%20forged"

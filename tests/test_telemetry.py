@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from layer_async._errors import RequestInfo
+from layer_async._errors import ConfigurationError, RequestInfo
 from layer_async._telemetry import (
     AttemptFinished,
     CallFinished,
     GateShut,
     LoggingObserver,
+    OpenTelemetryObserver,
     RetryScheduled,
     TokensRefreshed,
     notify,
@@ -41,6 +45,39 @@ def test_the_logging_observer_says_each_event_in_a_line_at_its_level(caplog: pyt
         ("INFO", "new tokens, generation 2"),
         ("DEBUG", "GET https://host.invalid/x: 200 after 2 attempts in 1.000 s"),
     ]
+
+
+def test_the_opentelemetry_observer_counts_each_event_and_names_no_url() -> None:
+    reader = InMemoryMetricReader()
+    observe = OpenTelemetryObserver(MeterProvider([reader]).get_meter("test"))
+    observe(AttemptFinished(REQUEST, 1, 503, None, 0.5, reused=True))
+    observe(RetryScheduled(REQUEST, 1, "503", 0.25))
+    observe(AttemptFinished(REQUEST, 2, None, "ReadError", 0.5, reused=None))
+    observe(GateShut(2.0))
+    observe(TokensRefreshed(2))
+    observe(CallFinished(REQUEST, 200, None, 2, 1.0))
+    data = reader.get_metrics_data()
+    assert data is not None
+    metrics = {metric.name: metric for metric in data.resource_metrics[0].scope_metrics[0].metrics}
+    assert set(metrics) == {
+        "layer.attempts",
+        "layer.call.duration",
+        "layer.gate.shut",
+        "layer.retries",
+        "layer.token.refreshes",
+    }
+    outcomes = [(point.attributes or {})["layer.outcome"] for point in metrics["layer.attempts"].data.data_points]
+    assert sorted(map(str, outcomes)) == ["503", "ReadError"]
+    assert "host.invalid" not in data.to_json()
+
+
+def test_the_opentelemetry_observer_takes_the_global_provider_and_says_which_extra_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    OpenTelemetryObserver()(GateShut(1.0))
+    monkeypatch.setitem(sys.modules, "opentelemetry.metrics", None)
+    with pytest.raises(ConfigurationError, match="needs the extra `otel`"):
+        OpenTelemetryObserver()
 
 
 def test_an_observer_that_fails_is_logged_and_goes_no_further(caplog: pytest.LogCaptureFixture) -> None:
