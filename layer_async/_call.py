@@ -114,7 +114,7 @@ class Corridor:
     is_closed: Callable[[], bool]
 
     def begin(self, method: str, given: Quiet, *, into: Any = None, streamed: bool = False) -> Call:
-        """A call to be run once; `given` is its path and its options. Raises `ConfigurationError` for what cannot work."""
+        """A call to be run once; `given` is its path and options. Raises `ConfigurationError` for what cannot work."""
         if into is not None:
             from ._codec import check_into  # here as below: who decodes nothing does not load the engine
 

@@ -144,7 +144,7 @@ class AsyncLayerClient:
             http=self._http,
             pool=self._pool,
             origin=self._origin,
-            identity=self._identity(source.get("source")),
+            identity=self._identity(source["source"]),
             headers=own_headers,
             settings=settings,
             middleware=stages,
