@@ -18,6 +18,7 @@ from collections.abc import (
     Callable,
     Generator,
 )
+from contextlib import suppress
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, cast
@@ -64,12 +65,13 @@ class _BriefBody(httpx.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         read = given = 0
         chunks = self._stream.__aiter__()
-        async for chunk in chunks:
-            piece = self._decoded(chunk[: BODY_LIMIT - read], BODY_LIMIT - given)
-            read, given = read + len(chunk), given + len(piece)
-            yield piece
-            if max(read, given) >= BODY_LIMIT:
-                break
+        with suppress(httpx.RequestError):  # an answer that breaks off is kept as far as it came
+            async for chunk in chunks:
+                piece = self._decoded(chunk[: BODY_LIMIT - read], BODY_LIMIT - given)
+                read, given = read + len(chunk), given + len(piece)
+                yield piece
+                if max(read, given) >= BODY_LIMIT:
+                    break
         if isinstance(chunks, AsyncGenerator):  # left half read, it would be the garbage collector's
             await chunks.aclose()
 

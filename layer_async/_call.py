@@ -112,6 +112,7 @@ class Corridor:
     follow_redirects: bool
     observer: Observer
     is_closed: Callable[[], bool]
+    live: set[anyio.CancelScope]
 
     def begin(self, method: str, given: Quiet, *, into: Any = None, streamed: bool = False) -> Call:
         """A call to be run once; `given` is its path and options. Raises `ConfigurationError` for what cannot work."""
@@ -168,6 +169,7 @@ class Call:
         error: str | None = None
         value: Any = None
         done = False
+        self.corridor.live.add(self.scope)
         try:
             with self.scope:
                 response = await self._translated()
@@ -176,13 +178,14 @@ class Call:
                 value = response if self.into is None else self._decode(response)
                 done = True
             if not done:
-                raise self._deadline_exceeded()
+                raise self._ended_early()
         except BaseException as exc:
             error = type(exc).__name__
             if isinstance(exc, LayerError):
                 self._complete(exc)
             raise
         finally:
+            self.corridor.live.discard(self.scope)
             if not (done and self.streamed):
                 record.release_slot()
             if item is not None:
@@ -302,7 +305,7 @@ class Call:
         since, deadline = anyio.current_time(), scope.deadline
         scope.deadline = math.inf
         try:
-            return await gate.wait()
+            return await gate.wait(patient=True)
         finally:
             scope.deadline = deadline + anyio.current_time() - since
 
@@ -387,6 +390,12 @@ class Call:
         from ._codec import decode
 
         return decode(response, self.into)
+
+    def _ended_early(self) -> LayerError:
+        """The scope was cancelled: by its deadline, or by the closing of the client."""
+        if self.corridor.is_closed():
+            return ClientClosedError(f"the client was closed during the call, in its {self.record.phase} phase.")
+        return self._deadline_exceeded()
 
     def _deadline_exceeded(self) -> DeadlineExceededError:
         record = self.record

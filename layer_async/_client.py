@@ -152,6 +152,7 @@ class AsyncLayerClient:
             follow_redirects=checked_bool("follow_redirects", follow_redirects),
             observer=self._observer,
             is_closed=self._is_closed,
+            live=set(),
         )
         self._closed = False
 
@@ -454,8 +455,15 @@ class AsyncLayerClient:
 
     async def aclose(self) -> None:
         """Close the client: waiting calls fail with `ClientClosedError`, every socket is closed. Harmless twice."""
+        if self._is_view:
+            self._closed = True
+            return
+        if self._pool is not None and self._owns_http:
+            await self._pool.aclose()  # first: it refuses when it is another event loop's
         self._closed = True
-        if self._owns_http and not self._is_view:
+        for scope in tuple(self._corridor.live):  # those that sleep, refresh, or wait at the gate
+            scope.cancel()
+        if self._owns_http:
             await self._http.aclose()
 
     async def __aenter__(self) -> Self:

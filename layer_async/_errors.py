@@ -328,7 +328,9 @@ def status_error(
     """
     secrets = tuple(secrets)
     body = scrubbed_body(body, secrets)
-    headers = httpx.Headers([(name, scrub(value, secrets)) for name, value in response.headers.multi_items()])
+    headers = httpx.Headers(
+        [(name, scrub(value.decode("latin-1"), secrets).encode("latin-1")) for name, value in response.headers.raw]
+    )
     code = response.status_code
     words = scrub(_server_message(body), secrets)
     parts = [f"{code} {scrub(response.reason_phrase, secrets)}".strip() + ".", ADVICE.get(code, "")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import email.utils
 import re
+import sys
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -117,8 +118,9 @@ async def read_bounded(response: httpx.Response, limit: int | None, *, truncate:
     Where `truncate` is set (for error bodies, which are read to be shown), a longer body is cut at the limit, and one
     that breaks off is kept as far as it came; elsewhere the one is a `MalformedResponseError`, the other httpx's error.
     """
-    if limit is not None and not _is_known_to_fit(response, limit):
-        bound_body(response, limit, truncate=truncate)
+    bound = sys.maxsize if limit is None else limit
+    if not _is_known_to_fit(response, bound):
+        bound_body(response, bound, truncate=truncate)
     await response.aread()
 
 
@@ -151,6 +153,7 @@ class BoundedBody(httpx.AsyncByteStream):
         self._decoder: Any = response._get_content_decoder()
         self._limit = self._left = limit
         self._truncate = truncate
+        self._was_fed = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         is_open = True
@@ -174,11 +177,25 @@ class BoundedBody(httpx.AsyncByteStream):
 
     def decode(self, data: bytes) -> bytes:
         """Decode `data`, and let none of it out beyond the limit."""
-        return self._bounded(self._decoder.decode(data))
+        self._was_fed = self._was_fed or bool(data)
+        try:
+            return self._bounded(self._decoder.decode(data))
+        except httpx.DecodingError:
+            if not self._truncate:
+                raise
+            return b""
 
     def flush(self) -> bytes:
         """The rest, under the same bound."""
-        rest = self._bounded(self._decoder.flush())
+        try:
+            rest = self._bounded(self._decoder.flush())
+            # httpx takes a gzip or deflate body that breaks off for a whole one.
+            if self._was_fed and self._left >= 0 and any(map(_is_unfinished, _decoders(self._decoder))):
+                raise httpx.DecodingError("the compressed body is cut short")
+        except httpx.DecodingError:
+            if not self._truncate:
+                raise
+            return b""
         self._check()
         return rest
 
@@ -190,6 +207,14 @@ class BoundedBody(httpx.AsyncByteStream):
     def _check(self) -> None:
         if self._left < 0 and not self._truncate:
             raise _too_large(self._limit)
+
+
+def _decoders(decoder: Any) -> list[Any]:
+    return list(getattr(decoder, "children", [decoder]))
+
+
+def _is_unfinished(decoder: Any) -> bool:
+    return getattr(getattr(decoder, "decompressor", None), "eof", True) is False
 
 
 def _too_large(limit: int) -> MalformedResponseError:

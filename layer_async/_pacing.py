@@ -83,15 +83,16 @@ class Gate:
         if self._closure.shut(self._clock(), seconds):
             notify(self._observer, GateShut(seconds))
 
-    async def wait(self) -> None:
+    async def wait(self, *, patient: bool = False) -> None:
         """Return at once when the gate is open, else when it opens: first come, first gone.
 
-        Raises `DeadlineExceededError` (phase `gate`) at once when it opens only after the deadline of the scopes around
-        the caller.
+        `patient`: wait in any case, and leave it to the scopes around the caller to end that. Otherwise raises
+        `DeadlineExceededError` (phase `gate`) at once when it opens only after the deadline of those scopes.
         """
         if not self.is_shut:
             return
-        self._foresee()
+        if not patient:
+            self._foresee()
         line, turn = self._line_of_this_loop(), anyio.Event()
         line[turn] = None
         try:
@@ -99,7 +100,8 @@ class Gate:
                 await turn.wait()
             # The first in line sleeps for all. It looks again, since the gate may have been shut for longer meanwhile.
             while self.is_shut:
-                self._foresee()
+                if not patient:
+                    self._foresee()
                 await anyio.sleep(self.opens_in)
         finally:
             del line[turn]
