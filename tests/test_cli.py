@@ -33,6 +33,7 @@ from layer_async import (
     AuthenticationError,
     GateShut,
     LayerError,
+    MissingTokensError,
     Outcome,
     RequestInfo,
     RetryMiddleware,
@@ -422,6 +423,24 @@ def test_a_success_between_refusals_keeps_the_run_going() -> None:
 
     tally = anyio.run(receive)
     assert (tally.done, tally.failed) == (3, len(kinds) - 3)
+
+
+def test_token_files_that_go_away_during_a_run_end_it() -> None:
+    async def outcomes() -> Any:
+        yield Outcome("/x", "/x", None, MissingTokensError("Token1 is missing."), 1, 0.0)
+
+    async def receive() -> None:
+        with cli.LineWriter.open("out") as output:
+            await cli.write_outcomes(outcomes(), output, cli.Tally("fetched"))
+
+    with pytest.raises(MissingTokensError):
+        anyio.run(receive)
+    assert not Path("out").exists()
+
+
+def test_a_device_can_be_written_to_though_it_exists(layer: Layer) -> None:
+    ran = layer("fetch", paths(*customers(3)), "--out", "/dev/null")
+    assert ran.code == 0
 
 
 def test_a_full_disk_ends_the_run_with_whole_lines_and_says_how_many(layer: Layer) -> None:

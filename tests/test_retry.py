@@ -1013,3 +1013,10 @@ def test_no_post_runs_twice(
     assert limited <= 10
     assert len(met) - limited <= 4
     assert len(bench.slept) <= len(met) - 1
+
+
+async def test_a_policy_or_a_budget_of_another_kind_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="policy must be"):
+        RetryMiddleware(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="budget must be"):
+        RetryMiddleware(RetryPolicy(), 5)  # type: ignore[arg-type]
