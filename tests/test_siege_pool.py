@@ -41,22 +41,6 @@ KINDS = ["plain", "TLS", "proxy", "tunnel"]
 WAYS = [("scope", "asyncio"), ("scope", "trio"), ("native", "asyncio"), ("wait_for", "asyncio")]
 
 
-@pytest.fixture
-def seed() -> int:
-    return int(os.environ.get("LAYER_SEED", random.SystemRandom().randrange(10**6)))
-
-
-@pytest.fixture
-def report(capsys: pytest.CaptureFixture[str], seed: int, request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """What a test found, for the line that is printed at its end."""
-    found: list[str] = []
-    started = time.perf_counter()
-    yield found
-    with capsys.disabled():
-        line = f"{request.node.name}: {', '.join(found)}; seed {seed}, {time.perf_counter() - started:.1f} s"
-        sys.stdout.write(f"\n    {line}")
-
-
 def open_sockets() -> int:
     count = 0
     for name in os.listdir("/proc/self/fd"):
