@@ -113,6 +113,22 @@ class _Issue:
     generation: int
 
 
+_NOTHING = _Issue(None, 0)
+
+
+class Turn:
+    """One request's way through the auth: which pair it carries, and whether it has been sent once more already.
+
+    `is_probe`: it is the one call that an open circuit lets through.
+    """
+
+    __slots__ = ("is_probe", "is_second", "issue")
+
+    def __init__(self) -> None:
+        self.issue = _NOTHING
+        self.is_second = self.is_probe = False
+
+
 @attrs.define
 class _Circuit:
     """Whether the tokens are refused so clearly that sending more calls is pointless; decides, and is told the time.
@@ -127,6 +143,10 @@ class _Circuit:
     paths: set[str] = attrs.field(factory=set[str])
     error: AuthenticationError | None = None
     probe_at: float = 0.0
+
+    def is_moved_by(self, issue: _Issue) -> bool:
+        """Whether a success of the current `issue` is news."""
+        return self.proven != issue.generation or self.fresh > 0 or bool(self.paths) or self.error is not None
 
     def meet_success(self, generation: int) -> None:
         self.proven = generation
@@ -286,33 +306,57 @@ class DualTokenAuth(httpx.Auth):
             strip_tokens(request)
             yield request
             return
+        turn = self.begin() or await self.wait_to_begin(request)
+        following: httpx.Request | None = request
+        while following is not None:
+            self.attach(turn, following)
+            response = yield following
+            following = (
+                self.conclude(turn, response)
+                if response.status_code not in (401, 403)
+                else (await self.follow_up(turn, response, sent=following))
+            )
+
+    def begin(self) -> Turn | None:
+        """What a request at the origin needs before it is sent, where nobody has to wait for it: else None."""
+        if self._issue.pair is None or self._circuit.error is not None or _asking.get():
+            return None
+        return Turn()
+
+    async def wait_to_begin(self, request: httpx.Request) -> Turn:
+        """The same, where the source has to be asked, or the circuit is open. See the class for what is raised."""
         if _asking.get():
             self._refuse_own_source(request)
         if self._issue.pair is None:
             await self._renew(request)
-        probing = self._circuit.error is not None and self._enter_open_circuit(request)
-        retried = False
-        while True:
-            issue = self._issue
-            request.headers = MaskedHeaders(request, cast(TokenPair, issue.pair), self.origin)
-            response = yield request
-            answered = response.request
-            if response.status_code not in (401, 403):
-                if response.is_success and issue is self._issue and carries_tokens(answered):
-                    self._circuit.meet_success(issue.generation)
-                return
-            if not carries_tokens(answered):
-                if not self._lost_tokens_on_the_way(request, response) or await _read_briefly(response) is None:
-                    return
-                request = answered
-                continue
-            if response.status_code == 403 or (body := await _read_briefly(response)) is None:
-                return
-            if not await self._has_newer(issue, response, body, may_ask=not retried, probing=probing):
-                return
-            if retried or not is_replayable(answered):
-                return
-            request, retried = answered, True
+        turn = Turn()
+        turn.is_probe = self._circuit.error is not None and self._enter_open_circuit(request)
+        return turn
+
+    def attach(self, turn: Turn, request: httpx.Request) -> None:
+        """Put the current pair on `request`, which goes to the origin."""
+        turn.issue = issue = self._issue
+        request.headers = MaskedHeaders(request, cast(TokenPair, issue.pair), self.origin)
+
+    def conclude(self, turn: Turn, response: httpx.Response) -> None:
+        """Take note of an answer that is neither 401 nor 403; nothing follows."""
+        issue = turn.issue
+        is_news = issue is self._issue and self._circuit.is_moved_by(issue) and response.is_success
+        if is_news and carries_tokens(response.request):
+            self._circuit.meet_success(issue.generation)
+
+    async def follow_up(self, turn: Turn, response: httpx.Response, *, sent: httpx.Request) -> httpx.Request | None:
+        """What is to be sent after a 401 or 403 to `sent`, if anything; where that is so, the answer has been read."""
+        answered = response.request
+        if not carries_tokens(answered):
+            lost = self._lost_tokens_on_the_way(sent, response)
+            return answered if lost and await _read_briefly(response) is not None else None
+        if response.status_code == 403 or (body := await _read_briefly(response)) is None:
+            return None
+        if not await self._has_newer(turn, response, body) or turn.is_second or not is_replayable(answered):
+            return None
+        turn.is_second = True
+        return answered
 
     def _lost_tokens_on_the_way(self, request: httpx.Request, response: httpx.Response) -> bool:
         """Whether `response` refuses a request that httpx, below us, redirected within the origin, as a copy.
@@ -326,13 +370,12 @@ class DualTokenAuth(httpx.Auth):
             and is_replayable(answered)
         )
 
-    async def _has_newer(
-        self, issue: _Issue, response: httpx.Response, body: bytes, *, may_ask: bool, probing: bool
-    ) -> bool:
-        """Take note that the pair of `issue` met a 401; whether a newer pair is there now, and worth trying."""
+    async def _has_newer(self, turn: Turn, response: httpx.Response, body: bytes) -> bool:
+        """Take note that the pair of `turn` met a 401; whether a newer pair is there now, and worth trying."""
+        issue = turn.issue
         if issue is self._issue and self._circuit.meet_refusal(issue.generation):
             self._open_circuit(response, body)
-        may_ask = may_ask and (probing or self._circuit.error is None)
+        may_ask = not turn.is_second and (turn.is_probe or self._circuit.error is None)
         if issue is self._issue and may_ask and self._source is not None:
             await self._renew(response.request)
         if issue is not self._issue:
