@@ -311,11 +311,10 @@ class DualTokenAuth(httpx.Auth):
         while following is not None:
             self.attach(turn, following)
             response = yield following
-            following = (
+            if response.status_code not in (401, 403):
                 self.conclude(turn, response)
-                if response.status_code not in (401, 403)
-                else (await self.follow_up(turn, response, sent=following))
-            )
+                return
+            following = await self.follow_up(turn, response, sent=following)
 
     def begin(self) -> Turn | None:
         """What a request at the origin needs before it is sent, where nobody has to wait for it: else None."""

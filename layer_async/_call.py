@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, Self
 
 import anyio
 import attrs
@@ -37,7 +37,7 @@ from ._errors import (
     scrub,
     status_error,
 )
-from ._exchange import EXTENSION, ExchangeRecord, is_replayable, read_bounded, retry_after
+from ._exchange import EXTENSION, ExchangeRecord, QuietRequest, is_replayable, read_bounded, retry_after
 from ._failures import is_safe_to_repeat
 from ._options import (
     CALL_CHECKS,
@@ -52,16 +52,38 @@ from ._origin import Origin
 from ._pacing import Gate
 from ._pool import ConnectionPool
 from ._retry import CallNext, Middleware, RetryBudget, RetryMiddleware, RetryPolicy
-from ._telemetry import CallFinished, Observer, notify
+from ._telemetry import CallFinished, Observer, hears_all, notify
 
 MAX_REDIRECTS = 20
+ONE_ATTEMPT = RetryPolicy(attempts=1, rate_limited_attempts=1)
 
 
-class QuietRequest(httpx.Request):
-    """A request whose repr leaves out the query: a traceback that shows local variables shows it."""
+PECULIAR = REQUEST_OPTIONS - {"path", "json"}  # what makes a request differ from that of any other call
 
-    def __repr__(self) -> str:
-        return f"<Request({self.method!r}, {RequestInfo.of(self).url!r})>"
+
+class Lane(Protocol):
+    """The short way through httpx, as far as this room knows it."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may be taken now."""
+        ...
+
+    def request(
+        self, method: str, url: httpx.URL, document: bytes | None, timeout: Mapping[str, float | None]
+    ) -> httpx.Request | None:
+        """A request without anything of its own but a document; None where httpx has to build it."""
+        ...
+
+    async def exchange(
+        self, request: httpx.Request, record: ExchangeRecord, auth: DualTokenAuth, limit: int | None
+    ) -> httpx.Response:
+        """The answer to it, read."""
+        ...
+
+    def with_headers(self, headers: httpx.Headers) -> Self:
+        """The same for requests with other headers."""
+        ...
 
 
 class Identity:
@@ -71,6 +93,13 @@ class Identity:
         self.auth = auth
         self.budget = RetryBudget()
         self.gate = Gate(observer=observer)
+        self._retry = RetryMiddleware(budget=self.budget, gate=self.gate, observer=observer)
+
+    def retry(self, policy: RetryPolicy | None) -> RetryMiddleware:
+        """The loop under `policy`; None: one attempt."""
+        if policy is not self._retry.policy:  # the last one is most likely the next one
+            self._retry = self._retry.with_policy(ONE_ATTEMPT if policy is None else policy)
+        return self._retry
 
 
 @attrs.frozen(kw_only=True)
@@ -82,6 +111,11 @@ class CallSettings:
     retry: RetryPolicy | None
     max_response_bytes: int | None
     idempotent: bool | None = None
+    phases: Mapping[str, float | None] = attrs.field(init=False, eq=False, repr=False)  # `timeout`, as httpx has it
+
+    @phases.default
+    def _phases(self) -> Mapping[str, float | None]:
+        return self.timeout.as_dict()
 
     def updated(self, options: Mapping[str, Any], others: Collection[str] = REQUEST_OPTIONS) -> CallSettings:
         """These settings, with those of a call or a view put in place of them; `others` are none of the settings.
@@ -102,6 +136,7 @@ class Corridor:
     """What all calls of a client share. `pool` is None where slots are not ours (an injected transport or client)."""
 
     http: httpx.AsyncClient
+    lane: Lane | None
     pool: ConnectionPool | None
     origin: Origin
     identity: Identity
@@ -190,8 +225,9 @@ class Call:
                 record.release_slot()
             if item is not None:
                 item.attempts = (item.attempts or 0) + len(record.attempts)
-            elapsed = time.perf_counter() - started
-            notify(self.corridor.observer, CallFinished(self.info, status, error, len(record.attempts), elapsed))
+            if hears_all(self.corridor.observer):
+                elapsed = time.perf_counter() - started
+                notify(self.corridor.observer, CallFinished(self.info, status, error, len(record.attempts), elapsed))
         return value
 
     @property
@@ -242,10 +278,10 @@ class Call:
             await self._admit()
         self.request = request = self._build()
         request.extensions[EXTENSION] = self.record
-        send: CallNext = self._attempt
-        policy = self.settings.retry or RetryPolicy(attempts=1, rate_limited_attempts=1)
-        identity = corridor.identity
-        send = _wrap(RetryMiddleware(policy, identity.budget, gate=identity.gate, observer=corridor.observer), send)
+        retry = corridor.identity.retry(self.settings.retry)
+        if not corridor.middleware:
+            return await retry(request, self._attempt)
+        send = _wrap(retry, self._attempt)
         for middleware in reversed(corridor.middleware):
             send = _wrap(middleware, send)
         response = await send(request)
@@ -255,10 +291,16 @@ class Call:
 
     def _build(self) -> httpx.Request:
         """The request. Raises `ConfigurationError` for what cannot be sent, quoting none of it."""
+        url = self.corridor.origin.resolve(self.given["path"])
+        lane = self.corridor.lane
+        if lane is not None and self.given.keys().isdisjoint(PECULIAR):
+            request = lane.request(self.method, url, self.document, self.settings.phases)
+            if request is not None:
+                return request
         try:
             request = self.corridor.http.build_request(
                 self.method,
-                self.corridor.origin.resolve(self.given["path"]),
+                url,
                 timeout=self.settings.timeout,
                 **self._content(),
             )
@@ -315,7 +357,12 @@ class Call:
         record.phase = "read" if corridor.pool is None else "connect"
         response: httpx.Response | None = None
         try:
-            response = await self._send(request)
+            lane = corridor.lane
+            if lane is not None and not self.streamed and lane.is_open and corridor.origin.admits(request.url):
+                auth, limit = corridor.identity.auth, self.settings.max_response_bytes
+                response = await lane.exchange(request, record, auth, limit)
+            else:
+                response = await self._send(request)
             while corridor.follow_redirects and self._may_follow(response):
                 history = [*response.history, response]
                 assert response.next_request is not None

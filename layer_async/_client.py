@@ -20,7 +20,7 @@ from typing_extensions import TypeForm, Unpack
 
 from ._auth import DualTokenAuth
 from ._bulk import Bulk, run_all
-from ._call import CallSettings, Corridor, Identity
+from ._call import CallSettings, Corridor, Identity, Lane
 from ._errors import ClientClosedError, ConfigurationError, LayerError
 from ._exchange import bound_body
 from ._options import (
@@ -142,6 +142,7 @@ class AsyncLayerClient:
         self._root = self
         self._corridor = Corridor(
             http=self._http,
+            lane=_lane(self._http, self._origin, own_headers),
             pool=self._pool,
             origin=self._origin,
             identity=self._identity(source["source"]),
@@ -428,9 +429,12 @@ class AsyncLayerClient:
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._is_view = True
+        headers = merged_headers(self._corridor.headers, given.get("headers"))
+        lane = self._corridor.lane
         view._corridor = attrs.evolve(
             self._corridor,
-            headers=merged_headers(self._corridor.headers, given.get("headers")),
+            headers=headers,
+            lane=None if lane is None else lane.with_headers(headers),
             settings=settings,
             is_closed=view._is_closed,
         )
@@ -533,6 +537,14 @@ def _http_client(
         mounts=mounts,
     )
     return client, client.connection_pool
+
+
+def _lane(http: httpx.AsyncClient, origin: Origin, headers: httpx.Headers) -> Lane | None:
+    """The short way through a client of ours; there is none through another, or to another transport."""
+    from ._lean import Lane
+    from ._transport import HTTPClient
+
+    return Lane(http, origin, headers) if isinstance(http, HTTPClient) else None
 
 
 def _user_agent() -> str:

@@ -21,6 +21,13 @@ from ._errors import AttemptInfo, MalformedResponseError, RequestInfo
 EXTENSION = "layer_async"
 
 
+class QuietRequest(httpx.Request):
+    """A request whose repr leaves out the query: a traceback that shows local variables shows it."""
+
+    def __repr__(self) -> str:
+        return f"<Request({self.method!r}, {RequestInfo.of(self).url!r})>"
+
+
 class Releasable(Protocol):
     """The right to have one attempt on the wire, as far as the layers above the pool know it."""
 
@@ -119,7 +126,7 @@ async def read_bounded(response: httpx.Response, limit: int | None, *, truncate:
     that breaks off is kept as far as it came; elsewhere the one is a `MalformedResponseError`, the other httpx's error.
     """
     bound = sys.maxsize if limit is None else limit
-    if not _is_known_to_fit(response, bound):
+    if truncate or not _is_known_to_fit(response, bound):
         bound_body(response, bound, truncate=truncate)
     await response.aread()
 

@@ -21,7 +21,7 @@ import httpx
 from ._errors import APIStatusError, AttemptInfo, ConfigurationError, RequestInfo
 from ._exchange import ExchangeRecord, is_replayable
 from ._failures import FREE, NEVER, RATE_LIMITED, Failure, classify_failure, is_safe_to_repeat
-from ._telemetry import AttemptFinished, Observer, RetryScheduled, notify
+from ._telemetry import AttemptFinished, Observer, RetryScheduled, hears_all, notify
 
 __all__ = [
     "CallNext",
@@ -342,7 +342,7 @@ class RetryMiddleware:
         number = len(record.attempts) + 1
         elapsed = time.perf_counter() - started
         record.attempts.append(AttemptInfo(number, outcome, status_code, elapsed, delay))
-        if self._observer is None:
+        if delay is None and not hears_all(self._observer):
             return
         info = record.info = record.info or RequestInfo.of(request)
         error = None if outcome == str(status_code) else outcome

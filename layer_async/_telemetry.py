@@ -93,6 +93,13 @@ class Observer(Protocol):
         """Take note of `event`."""
 
 
+def hears_all(observer: Observer | None) -> bool:
+    """Whether `observer` does anything with the events of calls that went well: those need not be made otherwise."""
+    if type(observer) is LoggingObserver:
+        return logger.isEnabledFor(logging.DEBUG)
+    return observer is not None
+
+
 def notify(observer: Observer | None, event: Event) -> None:
     """Give `event` to `observer`; what the observer raises is logged and goes no further."""
     if observer is None:

@@ -32,7 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "_pool": {"_errors"},
     "_sockets": {"_exchange"},
     "_portable": {"_errors", "_exchange", "_sockets"},
+    "_seams": set(),
     "_transport": {"_errors", "_exchange", "_pool", "_portable"},
+    "_lean": {"_auth", "_errors", "_exchange", "_origin", "_seams", "_tokens", "_transport"},
     "_bulk": {"_errors"},
     "_options": {"_errors", "_retry", "_tokens"},
     "_call": {
@@ -56,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         "_codec",
         "_errors",
         "_exchange",
+        "_lean",
         "_options",
         "_origin",
         "_pool",

@@ -1,0 +1,232 @@
+"""The short way of a call through httpx: what `httpx.AsyncClient` does and a call of ours can do without is left out.
+
+Rules: the short way is open only while httpx and httpcore are as they were installed and the client as it was made: no
+function replaced (on a class or an object, before or after our import), no hook, no cookie, nobody who reads httpx's
+log. That is asked anew for each attempt. Else the request goes through `httpx.AsyncClient.send`, or, where only the
+transport was touched, through that. On each way answers and errors are the same: real `httpx.Response`s, httpx's own
+exceptions. Requests and responses are made without httpx's constructors, of which most asks what is known here: where
+those make objects of another shape than this room does, the way stays shut.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+import time
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+from httpx._exceptions import request_context
+
+from ._auth import DualTokenAuth
+from ._errors import BODY_LIMIT
+from ._exchange import ExchangeRecord, QuietRequest, read_bounded
+from ._origin import Origin
+from ._seams import Seam
+from ._tokens import HeaderEntry
+from ._transport import HTTPClient, LayerTransport
+
+__all__ = ["Lane"]
+
+CLIENT_SEAMS = tuple(
+    Seam(owner, name)
+    for owner, name in (
+        (HTTPClient, "send"),
+        (HTTPClient, "_send_handling_auth"),
+        (HTTPClient, "_send_handling_redirects"),
+        (HTTPClient, "_send_single_request"),
+        (httpx.AsyncClient, "_send_single_request"),
+        (HTTPClient, "_transport_for_url"),
+    )
+)
+NAMES = frozenset(seam.name for seam in CLIENT_SEAMS)
+TRANSPORT_SEAM = Seam(LayerTransport, "handle_async_request")
+
+BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})  # httpx says Content-Length: 0 for the others
+NO_BODY = httpx.ByteStream(b"")
+
+_log = logging.getLogger("httpx")
+
+
+class Lane:
+    """The short way of all calls of one client, or of one view of it.
+
+    `http` is the client that is stepped over, `origin` where all of it goes, `headers` those that each request carries.
+    """
+
+    def __init__(self, http: HTTPClient, origin: Origin, headers: httpx.Headers) -> None:
+        self._http = http
+        self._origin = origin
+        self._headers = headers
+        self._mounted = (*http._mounts.values(),)
+        self._default_transport = http._transport
+        transport = http._transport_for_url(httpx.URL(str(origin)))
+        self._transport = transport if type(transport) is LayerTransport else None
+        self._seen: list[HeaderEntry] | None = None
+        self._entries: list[HeaderEntry] = []
+        self._is_plain = False
+        self._is_known = fits()
+
+    def with_headers(self, headers: httpx.Headers) -> Lane:
+        """The same for requests with other headers."""
+        return Lane(self._http, self._origin, headers)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the client is as it was made, so that its own code need not be gone through."""
+        http = self._http
+        hooks = http._event_hooks
+        for seam in CLIENT_SEAMS:
+            if not seam.is_untouched():
+                return False
+        return (
+            http.__dict__.keys().isdisjoint(NAMES)
+            and not hooks["request"]
+            and not hooks["response"]
+            and (*http._mounts.values(),) == self._mounted
+            and http._transport is self._default_transport
+            and self._transport is not None
+            and self._is_known
+            and not http._no_cookies.jar._cookies  # type: ignore[attr-defined]
+            and not _log.isEnabledFor(logging.INFO)
+        )
+
+    # Requests
+
+    def request(
+        self, method: str, url: httpx.URL, document: bytes | None, timeout: Mapping[str, float | None]
+    ) -> httpx.Request | None:
+        """A request with the headers of all calls, as the client itself builds it; None where that has to do it.
+
+        `document` is a body of JSON; `timeout` gives seconds, as in the request's extensions.
+        """
+        http = self._http
+        if http._headers._list != self._seen:
+            self._look_at_headers()
+        if http._params or not self._is_plain:
+            return None
+        entries = self._entries.copy()
+        if document is not None:
+            entries.append((b"Content-Type", b"content-type", b"application/json"))
+            entries.append((b"Content-Length", b"content-length", b"%d" % len(document)))
+        elif method not in BODILESS:
+            return None
+        return _request(method, url, entries, document or b"", {"timeout": dict(timeout)})
+
+    def _look_at_headers(self) -> None:
+        """Let the client build one request, and remember what headers that has."""
+        http = self._http
+        self._seen = http._headers._list.copy()
+        sample = http.build_request("GET", str(self._origin), headers=self._headers)
+        self._entries = sample.headers._list
+        self._is_plain = sample.headers._encoding is None and sample.headers.keys().isdisjoint(
+            ("content-type", "content-length", "cookie")
+        )
+
+    # Attempts
+
+    async def exchange(
+        self, request: httpx.Request, record: ExchangeRecord, auth: DualTokenAuth, limit: int | None
+    ) -> httpx.Response:
+        """Send `request` with the tokens on it, and read the answer: at most `limit` bytes of it, decoded.
+
+        Does what `http.send(request, auth=auth, follow_redirects=False)` and `read_bounded` do, and raises what they
+        raise.
+        """
+        turn = auth.begin() or await auth.wait_to_begin(request)
+        history: list[httpx.Response] = []
+        while True:
+            auth.attach(turn, request)
+            response = await self._send(request, record, limit)
+            response.history = history.copy()
+            if response.has_redirect_location:
+                response.next_request = self._http._build_redirect_request(request, response)
+            if response.status_code not in (401, 403):
+                auth.conclude(turn, response)
+                return response
+            following = await auth.follow_up(turn, response, sent=request)
+            if following is None:
+                return response
+            history.append(response)
+            request = following
+
+    async def _send(self, request: httpx.Request, record: ExchangeRecord, limit: int | None) -> httpx.Response:
+        started = time.perf_counter()
+        transport: Any = self._transport
+        with request_context(request=request):
+            response: httpx.Response = await transport.handle_async_request(request)
+        response.request = request
+        response.default_encoding = self._http._default_encoding
+        try:
+            if response.status_code >= 400:
+                await read_bounded(response, BODY_LIMIT, truncate=True)
+            else:
+                await read_bounded(response, limit)
+        except BaseException:
+            await response.aclose()
+            raise
+        response.elapsed = datetime.timedelta(seconds=time.perf_counter() - started)
+        return response
+
+
+def _headers(entries: list[HeaderEntry]) -> httpx.Headers:
+    headers = httpx.Headers.__new__(httpx.Headers)
+    headers._list = entries
+    headers._encoding = None
+    return headers
+
+
+def _request(
+    method: str, url: httpx.URL, entries: list[HeaderEntry], content: bytes, extensions: dict[str, Any]
+) -> httpx.Request:
+    """What `httpx.Request` makes of this."""
+    request = QuietRequest.__new__(QuietRequest)
+    request.__dict__.update(
+        method=method,
+        url=url,
+        headers=_headers(entries),
+        extensions=extensions,
+        stream=httpx.ByteStream(content) if content else NO_BODY,
+        _content=content,
+    )
+    return request
+
+
+def _response(
+    request: httpx.Request, answer: Any, raw: bytes, content: bytes, *, encoding: Any, elapsed: float
+) -> httpx.Response:
+    """What httpx makes of an answer that has been read."""
+    response = httpx.Response.__new__(httpx.Response)
+    response.__dict__.update(
+        status_code=answer.status,
+        headers=_headers([(name, name.lower(), value) for name, value in answer.headers]),
+        _request=request,
+        next_request=None,
+        extensions=answer.extensions,
+        history=[],
+        is_closed=True,
+        is_stream_consumed=True,
+        default_encoding=encoding,
+        stream=httpx.ByteStream(raw),
+        _num_bytes_downloaded=len(raw),
+        _content=content,
+        _elapsed=datetime.timedelta(seconds=elapsed),
+    )
+    return response
+
+
+@functools.cache
+def fits() -> bool:
+    """Whether the installed httpx makes requests and responses of the shape that this room gives them."""
+    request = httpx.Request("GET", "https://host.invalid/", content=b"")
+    response = httpx.Response(200, content=b"", request=request)
+    response.elapsed = datetime.timedelta()
+    ours = _request("GET", request.url, [], b"", {})
+    answer = types.SimpleNamespace(status=200, headers=[], extensions={})
+    return (
+        vars(request).keys() == vars(ours).keys()
+        and vars(response).keys() == vars(_response(ours, answer, b"", b"", encoding="utf-8", elapsed=0.0)).keys()
+    )

@@ -1,0 +1,425 @@
+"""The short way through httpx and the whole way give the same; a tool that touched a seam always sees each attempt."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpcore
+import httpx
+import pytest
+
+from layer_async import AsyncLayerClient, LayerError, RetryPolicy, TokenPair
+from layer_async import _lean as lean
+from layer_async._seams import Seam
+
+from .faultserver import Exchange, FaultServer
+
+pytestmark = pytest.mark.anyio
+
+PAIR = TokenPair("lean-token-one", "lean-token-two")
+AT_ONCE = RetryPolicy(backoff_initial=1e-9, backoff_max=1e-9)
+ROOT = Path(__file__).parent.parent
+
+
+def make(server: FaultServer, **options: Any) -> AsyncLayerClient:
+    settings: dict[str, Any] = {"tokens": PAIR, "base_url": server.url, "retry": AT_ONCE}
+    return AsyncLayerClient(**(settings | options))
+
+
+@contextmanager
+def short_way() -> Iterator[list[httpx.Request]]:
+    """What takes the short way inside of the block."""
+    taken: list[httpx.Request] = []
+    original = lean.Lane.exchange
+
+    async def exchange(self: lean.Lane, request: httpx.Request, *args: Any) -> httpx.Response:
+        taken.append(request)
+        return await original(self, request, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lean.Lane, "exchange", exchange)
+        yield taken
+
+
+def flaky() -> Callable[[Exchange], None]:
+    """503, then 200, and again."""
+    answers = iter(["503 Service Unavailable", "200 OK"] * 8)
+    return lambda ex: ex.respond(b'{"n": 1}', status=next(answers), headers="Content-Type: application/json\r\n")
+
+
+# The table of tools: how each of them hooks in, and what it sees
+
+
+def on_class(owner: type, name: str) -> Callable[[AsyncLayerClient, pytest.MonkeyPatch, list[str]], None]:
+    def touch(client: AsyncLayerClient, patch: pytest.MonkeyPatch, seen: list[str]) -> None:
+        original = getattr(owner, name)
+
+        def spy(self: Any, *args: Any, **options: Any) -> Any:
+            seen.append(name)
+            return original(self, *args, **options)
+
+        patch.setattr(owner, name, spy)
+
+    return touch
+
+
+def on_object(pick: Callable[[AsyncLayerClient], Any], name: str) -> Any:
+    def touch(client: AsyncLayerClient, patch: pytest.MonkeyPatch, seen: list[str]) -> None:
+        target = pick(client)
+        original = getattr(target, name)
+
+        def spy(*args: Any, **options: Any) -> Any:
+            seen.append(name)
+            return original(*args, **options)
+
+        patch.setattr(target, name, spy, raising=False)
+
+    return touch
+
+
+def by_hook(event: str) -> Any:
+    def touch(client: AsyncLayerClient, patch: pytest.MonkeyPatch, seen: list[str]) -> None:
+        async def hook(_: Any) -> None:
+            seen.append(event)
+
+        client.http.event_hooks = {event: [hook]}
+
+    return touch
+
+
+def by_code(client: AsyncLayerClient, patch: pytest.MonkeyPatch, seen: list[str]) -> None:
+    """As a debugger or profiler does that leaves the function and changes what it runs."""
+    function = httpx.AsyncClient._transport_for_url
+    original = httpx.AsyncClient.__dict__["_transport_for_url"].__code__
+    kept = type(function)(original, function.__globals__, "kept")
+
+    def spy(self: Any, url: httpx.URL) -> Any:
+        from tests import test_lean
+
+        test_lean.SEEN.append("code")
+        return test_lean.KEPT(self, url)
+
+    global KEPT, SEEN
+    KEPT, SEEN = kept, seen
+    patch.setattr(function, "__code__", spy.__code__)
+
+
+KEPT: Any = None
+SEEN: list[str] = []
+
+
+class Wrapped(httpx.AsyncBaseTransport):
+    """A transport that wraps another, as caches do."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport, seen: list[str]) -> None:
+        self.inner = inner
+        self.seen = seen
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.seen.append("wrapped")
+        return await self.inner.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+def by_wrapping(client: AsyncLayerClient, patch: pytest.MonkeyPatch, seen: list[str]) -> None:
+    http: Any = client.http
+    patch.setattr(http, "_transport", Wrapped(http._transport, seen))
+    patch.setattr(http, "_mounts", {})
+
+
+def by_mount(client: AsyncLayerClient, patch: pytest.MonkeyPatch, seen: list[str]) -> None:
+    http: Any = client.http
+    pattern = next(iter(http._mounts))
+    patch.setitem(http._mounts, pattern, Wrapped(http._transport, seen))
+
+
+TOUCHES: dict[str, Any] = {
+    "send, on the class": on_class(httpx.AsyncClient, "send"),
+    "_send_single_request, on the class": on_class(httpx.AsyncClient, "_send_single_request"),
+    "_transport_for_url, on the class": on_class(httpx.AsyncClient, "_transport_for_url"),
+    "handle_async_request of the transport's class": on_class(httpx.AsyncHTTPTransport, "handle_async_request"),
+    "handle_async_request of httpcore's pool": on_class(httpcore.AsyncConnectionPool, "handle_async_request"),
+    "handle_async_request of httpcore's connection": on_class(httpcore.AsyncHTTPConnection, "handle_async_request"),
+    "send, on the object": on_object(lambda client: client.http, "send"),
+    "_transport_for_url, on the object": on_object(lambda client: client.http, "_transport_for_url"),
+    "handle_async_request, on the object": on_object(
+        lambda client: client.http._transport,  # type: ignore[attr-defined]
+        "handle_async_request",
+    ),
+    "handle_async_request, on the pool's object": on_object(
+        lambda client: client.http._transport._pool,  # type: ignore[attr-defined]
+        "handle_async_request",
+    ),
+    "a request hook": by_hook("request"),
+    "a response hook": by_hook("response"),
+    "the code of a function": by_code,
+    "a transport around ours": by_wrapping,
+    "a mount": by_mount,
+}
+
+
+@pytest.mark.parametrize("touch", TOUCHES.values(), ids=TOUCHES)
+async def test_a_tool_that_touched_a_seam_sees_each_attempt_and_no_more_once_it_is_gone(touch: Any) -> None:
+    seen: list[str] = []
+    with FaultServer() as server:
+        server.behaviours["flaky"] = flaky()
+        async with make(server) as client:
+            assert (await client.get("/flaky/1")).json() == {"n": 1}
+            with pytest.MonkeyPatch.context() as patch:
+                touch(client, patch, seen)
+                assert (await client.get("/flaky/2")).json() == {"n": 1}
+                assert len(seen) == 2
+                client.http.event_hooks = {}
+            with short_way() as taken:
+                assert (await client.get("/flaky/3")).json() == {"n": 1}
+            assert (len(seen), len(taken)) == (2, 2)
+            assert client.pool.stats.in_use == 0
+        assert [request.headers["token1"] for request in server.record.requests] == [PAIR.token1] * 6
+
+
+BEFORE = """
+import asyncio, sys
+import {module}
+owner = {module}.{owner}
+original, seen = owner.{name}, []
+def spy(self, *args, **options):
+    seen.append(1)
+    return original(self, *args, **options)
+owner.{name} = spy
+from layer_async import AsyncLayerClient
+async def main():
+    async with AsyncLayerClient(token1="lean-one", token2="lean-two", base_url=sys.argv[1]) as client:
+        await client.get("/ok/1")
+        await client.get("/ok/2")
+asyncio.run(main())
+print(len(seen))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "owner", "name"),
+    [
+        ("httpx", "AsyncClient", "send"),
+        ("httpx", "AsyncHTTPTransport", "handle_async_request"),
+        ("httpcore", "AsyncConnectionPool", "handle_async_request"),
+        ("httpcore", "AsyncHTTPConnection", "handle_async_request"),
+    ],
+)
+def test_a_tool_that_came_before_us_sees_each_attempt_too(module: str, owner: str, name: str) -> None:
+    script = BEFORE.format(module=module, owner=owner, name=name)
+    with FaultServer() as server:
+        done = subprocess.run(
+            [sys.executable, "-c", script, server.url], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+    assert done.stdout.strip() == "2"
+
+
+async def test_what_httpx_logs_is_still_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with FaultServer() as server, caplog.at_level(logging.INFO, logger="httpx"):
+        async with make(server) as client:
+            await client.get("/ok/1")
+    assert [record.getMessage() for record in caplog.records if record.name == "httpx"] == [
+        f'HTTP Request: GET {server.url}/ok/1 "HTTP/1.1 200 OK"'
+    ]
+
+
+async def test_a_cookie_or_header_or_parameter_that_was_set_on_the_client_inside_is_sent() -> None:
+    with FaultServer() as server:
+        async with make(server) as client:
+            await client.get("/ok/1")
+            client.http.headers["X-Late"] = "late"
+            await client.get("/ok/2")
+            client.http.params = {"q": "1"}
+            await client.get("/ok/3")
+            client.http.cookies.set("c", "1")
+            await client.get("/ok/4")
+    one, two, three, four = server.record.requests
+    assert "x-late" not in one.headers
+    assert two.headers["x-late"] == "late"
+    assert three.target.endswith("/ok/3?q=1")
+    assert four.headers["cookie"] == "c=1"
+
+
+async def test_views_send_their_own_headers() -> None:
+    with FaultServer() as server:
+        async with make(server, headers={"X-Client": "1"}) as client:
+            view = client.with_options(headers={"X-View": "2"})
+            with short_way() as taken:
+                await view.get("/ok/1")
+                await client.get("/ok/2")
+            assert len(taken) == 2
+    one, two = (dict(request.headers) for request in server.record.requests)
+    assert (one.get("x-client"), one.get("x-view")) == ("1", "2")
+    assert (two.get("x-client"), two.get("x-view")) == ("1", None)
+
+
+# Both ways give the same
+
+
+def request_and_answer(response: httpx.Response, server: FaultServer) -> dict[str, Any]:
+    request = response.request
+    copy = pickle.loads(pickle.dumps(response))
+    return {
+        "status": response.status_code,
+        "headers": [pair for pair in response.headers.raw if pair[0].lower() != b"date"],
+        "encoding": (response.headers.encoding, response.encoding, response.charset_encoding),
+        "content": response.content,
+        "text": response.text,
+        "extensions": {name: value for name, value in response.extensions.items() if name != "network_stream"},
+        "network_stream": hasattr(response.extensions["network_stream"], "get_extra_info"),
+        "versions": (response.http_version, response.reason_phrase),
+        "state": (response.is_closed, response.is_stream_consumed, response.num_bytes_downloaded > 0),
+        "elapsed": response.elapsed.total_seconds() >= 0,
+        "history": [earlier.status_code for earlier in response.history],
+        "next": None if response.next_request is None else str(response.next_request.url),
+        "url": str(response.url).replace(server.url, ""),
+        "links": (response.links, response.has_redirect_location, response.is_success),
+        "cookies": dict(response.cookies),
+        "text of it": (repr(response), repr(request).replace(server.url, ""), repr(request.headers)),
+        "request": (request.method, sorted(request.headers.raw), request.content, sorted(request.extensions)),
+        "pickled": (copy.content, copy.status_code, copy.headers.raw == response.headers.raw),
+        "raises": _error_of(response, server),
+    }
+
+
+def _error_of(response: httpx.Response, server: FaultServer) -> str | None:
+    try:
+        response.raise_for_status()
+    except httpx.HTTPStatusError as error:
+        return str(error).replace(server.url, "")
+    return None
+
+
+def answers() -> dict[str, Callable[[Exchange], None]]:
+    import gzip
+
+    def redirect(ex: Exchange) -> None:
+        ex.respond(b"elsewhere", status="302 Found", headers="Location: /ok/9\r\n")
+
+    return {
+        "json": lambda ex: ex.respond(b'{"a": "\xc3\xa4"}', headers="Content-Type: application/json\r\nX-A: 1\r\n"),
+        "latin": lambda ex: ex.respond(b"\xe4", headers="Content-Type: text/plain; charset=latin-1\r\nX-U: \xe4\r\n"),
+        "empty": lambda ex: ex.respond(b""),
+        "created": lambda ex: ex.respond(b"{}", status="201 Made to order"),
+        "packed": lambda ex: ex.respond(gzip.compress(b"x" * 9000), headers="Content-Encoding: gzip\r\n"),
+        "redirect": redirect,
+        "cookie": lambda ex: ex.respond(b"{}", headers="Set-Cookie: a=1; Path=/\r\nLink: </ok/2>; rel=next\r\n"),
+        "twice": lambda ex: ex.respond(b"{}", headers="X-Twice: 1\r\nx-twice: 2\r\n"),
+    }
+
+
+BEHAVIOURS = [*answers(), "ok", "chunked", "large", "drip", "until-end", "connection-close", "http10", "early-hints"]
+CALLS: dict[str, dict[str, Any]] = {
+    "get": {"method": "GET"},
+    "post": {"method": "POST", "json": {"a": [1, None]}},
+    "bare post": {"method": "POST"},
+    "options": {"method": "GET", "params": {"q": ["1", "2"]}, "headers": {"X-Own": "1"}},
+    "content": {"method": "PUT", "content": b"raw", "headers": {"Content-Type": "text/plain"}},
+    "form": {"method": "PATCH", "data": {"a": "1"}},
+    "head": {"method": "HEAD"},
+}
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "call"),
+    [
+        pytest.param(behaviour, call, id=f"{name} {behaviour}")
+        for name, call in CALLS.items()
+        for behaviour in BEHAVIOURS
+        if name != "head" or behaviour not in ("chunked", "drip")  # the server would send a body, in pieces
+    ],
+)
+async def test_both_ways_give_equal_requests_and_responses(
+    behaviour: str, call: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultServer() as server:
+        server.behaviours.update(answers())
+        async with make(server, headers={"X-Client": "c"}) as client:
+            with short_way() as taken:
+                short = request_and_answer(await client.request(path=f"/{behaviour}/1", **call), server)
+            assert len(taken) == 1
+            touch: Any = TOUCHES["send, on the class"]
+            touch(client, monkeypatch, [])
+            whole = request_and_answer(await client.request(path=f"/{behaviour}/1", **call), server)
+        short_request, whole_request = server.record.requests
+    assert short == whole
+    assert short_request.target == whole_request.target
+    assert list(short_request.headers.items()) == list(whole_request.headers.items())
+    assert short_request.body == whole_request.body
+
+
+FAULTS = [
+    "truncate-length",
+    "truncate-chunked",
+    "truncate-reset",
+    "half-head",
+    "garbage",
+    "status/404",
+    "status/500",
+    "status/401",
+    "upgrade",
+    "stall",
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_both_ways_raise_equal_errors(fault: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def known(error: LayerError) -> list[Any]:
+        message = re.sub(r":\d+", "", str(error))
+        met = [(attempt.outcome, attempt.status_code) for attempt in error.attempts]
+        return [type(error), message, met, error.maybe_processed, type(error.__cause__), getattr(error, "body", None)]
+
+    found: list[list[Any]] = []
+    with FaultServer() as server:
+        for _ in range(2):
+            async with make(server, timeout=httpx.Timeout(0.05, connect=5)) as client:
+                with pytest.raises(LayerError) as caught:
+                    await client.request(method, f"/{fault}/1")
+                found.append(known(caught.value))
+                stats = client.pool.stats
+                assert (stats.in_use, stats.waiting) == (0, 0)
+                touch: Any = TOUCHES["send, on the class"]
+                touch(client, monkeypatch, [])
+    assert found[0] == found[1]
+
+
+def test_only_a_librarys_own_plain_function_counts_as_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    seam = Seam(httpx.AsyncClient, "send")
+    assert seam.is_untouched()
+    assert seam.is_untouched()
+    original = httpx.AsyncClient.send
+    for other in (lambda *_: None, print, httpx.AsyncClient.get, object()):
+        monkeypatch.setattr(httpx.AsyncClient, "send", other)
+        assert not seam.is_untouched(), other
+    monkeypatch.setattr(httpx.AsyncClient, "send", original)
+    assert seam.is_untouched()
+
+
+async def test_with_an_httpx_of_another_shape_the_short_way_stays_shut(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lean.fits()
+    lean.fits.cache_clear()
+    original = httpx.Response.__init__
+
+    def init(self: httpx.Response, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        self.__dict__["_another"] = 1
+
+    monkeypatch.setattr(httpx.Response, "__init__", init)
+    try:
+        with FaultServer() as server, short_way() as taken:
+            async with make(server) as client:
+                assert (await client.get("/ok/1")).text == "/ok/1"
+        assert not taken
+    finally:
+        lean.fits.cache_clear()
