@@ -226,7 +226,6 @@ def fits() -> bool:
     response.elapsed = datetime.timedelta()
     ours = _request("GET", request.url, [], b"", {})
     answer = types.SimpleNamespace(status=200, headers=[], extensions={})
-    return (
-        vars(request).keys() == vars(ours).keys()
-        and vars(response).keys() == vars(_response(ours, answer, b"", b"", encoding="utf-8", elapsed=0.0)).keys()
-    )
+    read = _response(ours, answer, b"", b"", encoding="utf-8", elapsed=0.0)
+    # A decoder is made when one is asked for.
+    return vars(request).keys() == vars(ours).keys() and vars(response).keys() - {"_decoder"} == vars(read).keys()

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +100,7 @@ def by_code(client: AsyncLayerClient, patch: pytest.MonkeyPatch, seen: list[str]
     """As a debugger or profiler does that leaves the function and changes what it runs."""
     function = httpx.AsyncClient._transport_for_url
     original = httpx.AsyncClient.__dict__["_transport_for_url"].__code__
-    kept = type(function)(original, function.__globals__, "kept")
+    kept = types.FunctionType(original, function.__globals__, "kept")
 
     def spy(self: Any, url: httpx.URL) -> Any:
         from tests import test_lean
@@ -153,7 +154,7 @@ TOUCHES: dict[str, Any] = {
     "send, on the object": on_object(lambda client: client.http, "send"),
     "_transport_for_url, on the object": on_object(lambda client: client.http, "_transport_for_url"),
     "handle_async_request, on the object": on_object(
-        lambda client: client.http._transport,  # type: ignore[attr-defined]
+        lambda client: client.http._transport,
         "handle_async_request",
     ),
     "handle_async_request, on the pool's object": on_object(
