@@ -185,7 +185,7 @@ class Call:
     streamed: bool
     document: bytes | None
     record: ExchangeRecord = attrs.field(factory=ExchangeRecord)
-    scope: anyio.CancelScope = attrs.field(factory=anyio.CancelScope)
+    scope: anyio.CancelScope = attrs.field(init=False)
     request: httpx.Request | None = None
 
     async def run(self) -> Any:
@@ -198,15 +198,15 @@ class Call:
         record.idempotent = settings.idempotent
         record.is_patient = item is not None and item.is_patient
         started = time.perf_counter()
-        if settings.deadline is not None:
-            self.scope.deadline = anyio.current_time() + settings.deadline
+        deadline = math.inf if settings.deadline is None else anyio.current_time() + settings.deadline
+        self.scope = scope = anyio.CancelScope(deadline=deadline)
         status: int | None = None
         error: str | None = None
         value: Any = None
         done = False
-        self.corridor.live.add(self.scope)
+        self.corridor.live.add(scope)
         try:
-            with self.scope:
+            with scope:
                 response = await self._translated()
                 status = response.status_code
                 self._raise_for_status(response)
@@ -220,7 +220,7 @@ class Call:
                 self._complete(exc)
             raise
         finally:
-            self.corridor.live.discard(self.scope)
+            self.corridor.live.discard(scope)
             if not (done and self.streamed):
                 record.release_slot()
             if item is not None:
@@ -353,14 +353,16 @@ class Call:
 
     async def _attempt(self, request: httpx.Request) -> httpx.Response:
         record, corridor = self.record, self.corridor
-        await self._admit()
+        if record.slot is None:
+            await self._admit()
         record.phase = "read" if corridor.pool is None else "connect"
         response: httpx.Response | None = None
+        lane = corridor.lane
+        is_read = lane is not None and not self.streamed and corridor.origin.admits(request.url) and lane.is_open
         try:
-            lane = corridor.lane
-            if lane is not None and not self.streamed and lane.is_open and corridor.origin.admits(request.url):
-                auth, limit = corridor.identity.auth, self.settings.max_response_bytes
-                response = await lane.exchange(request, record, auth, limit)
+            if is_read:
+                assert lane is not None
+                response = await lane.exchange(request, record, corridor.identity.auth, self.settings.max_response_bytes)
             else:
                 response = await self._send(request)
             while corridor.follow_redirects and self._may_follow(response):
@@ -369,8 +371,10 @@ class Call:
                 await read_bounded(response, BODY_LIMIT, truncate=True)
                 response = await self._send(response.next_request)
                 response.history = history
+                is_read = False
             if not self.streamed or response.status_code >= 400:
-                await self._read(response)
+                if not is_read:
+                    await self._read(response)
                 record.release_slot()
                 self._classify(response)
         except BaseException:

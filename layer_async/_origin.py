@@ -76,6 +76,11 @@ class Origin:
 
     def admits(self, url: httpx.URL) -> bool:
         """Whether `url` is at this origin."""
+        base = self._base
+        if base is not None:  # made by `resolve`, it shares its parts with the base URL
+            ours, its = base._uri_reference, url._uri_reference
+            if its.host is ours.host and its.scheme is ours.scheme and its.port == ours.port:
+                return True
         if url.scheme != self.scheme or _host(url) != self.host:
             return False
         return (DEFAULT_PORTS[self.scheme] if url.port is None else url.port) == self.port
