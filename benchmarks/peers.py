@@ -8,9 +8,11 @@ write its function and its line in `PEERS`; nothing else knows the names, except
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import pkgutil
 import ssl
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -58,13 +60,14 @@ class Peer:
     """A client that takes part.
 
     `title` is what tables call it; `needs` is what must be importable ("module" or "module:name"); `packages` are those
-    whose versions matter.
+    whose versions matter. `often`: it takes part in every round, the others in each third.
     """
 
     title: str
     open: Open
     needs: str
     packages: tuple[str, ...]
+    often: bool = False
 
     def missing(self) -> str | None:
         """Why this peer cannot take part here, or None."""
@@ -96,6 +99,24 @@ async def _layer_async(cell: Cell) -> AsyncIterator[Get]:
                 raise WrongAnswerError(f"GET {path} was answered with {document.path}")
 
         yield get
+
+
+def _with_a_tool_at(owner: str, name: str) -> Open:
+    """Ours, with a function of httpx replaced by one that only passes on, as tracing and mocking tools do."""
+
+    @asynccontextmanager
+    async def touched(cell: Cell) -> AsyncIterator[Get]:
+        where = pkgutil.resolve_name(owner)
+        original = getattr(where, name)
+
+        async def passing_on(self: Any, *args: Any, **options: Any) -> Any:
+            return await original(self, *args, **options)
+
+        setattr(where, name, passing_on)
+        async with _layer_async(cell) as get:
+            yield get
+
+    return touched
 
 
 @asynccontextmanager
@@ -221,15 +242,80 @@ async def _pyreqwest(cell: Cell) -> AsyncIterator[Get]:
         yield get
 
 
+class _Exchange(asyncio.Protocol):
+    """HTTP by hand: as little as it takes to send one request at a time and to know where its answer ends."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: Any = transport
+        self.parser: Any = None
+
+    def send(self, request: bytes) -> asyncio.Future[bytes]:
+        import httptools
+
+        self.parser = httptools.HttpResponseParser(self)
+        self.pieces: list[bytes] = []
+        self.answer = asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        return self.answer
+
+    def data_received(self, data: bytes) -> None:
+        self.parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        self.pieces.append(body)
+
+    def on_message_complete(self) -> None:
+        self.answer.set_result(b"".join(self.pieces))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.parser is not None and not self.answer.done():
+            self.answer.set_exception(exc or ConnectionError("closed"))
+
+
+@asynccontextmanager
+async def _by_hand(cell: Cell) -> AsyncIterator[Get]:
+    url: Any = urllib.parse.urlsplit(cell.url)
+    context = cell.context() if cell.authority else None
+    slots = asyncio.Semaphore(cell.connections)
+    idle: list[_Exchange] = []
+    loop, host, port = asyncio.get_running_loop(), url.hostname, url.port
+
+    async def get(path: str) -> None:
+        async with slots:
+            if idle:
+                exchange = idle.pop()
+            else:
+                _, exchange = await loop.create_connection(_Exchange, host, port, ssl=context)
+            body = await exchange.send(f"GET {path} HTTP/1.1\r\nHost: {url.netloc}\r\n\r\n".encode())
+            check(path, exchange.parser.get_status_code(), body, cell.size)
+            idle.append(exchange)
+
+    yield get
+    for exchange in idle:
+        exchange.transport.abort()
+
+
+OURS = "layer_async:AsyncLayerClient"
 PEERS: dict[str, Peer] = {
-    "layer_async": Peer("layer_async, whole call", _layer_async, "layer_async:AsyncLayerClient", ("httpx", "msgspec")),
+    "layer_async": Peer("layer_async, whole call", _layer_async, OURS, ("httpx", "httptools", "msgspec"), often=True),
+    "transport-seam": Peer(
+        "the same, a tool at httpx's transport",
+        _with_a_tool_at("httpx:AsyncHTTPTransport", "handle_async_request"),
+        OURS,
+        ("httpx",),
+        often=True,
+    ),
+    "client-seam": Peer(
+        "the same, a tool at httpx's client", _with_a_tool_at("httpx:AsyncClient", "send"), OURS, ("httpx",), often=True
+    ),
     "LayerTransport": Peer("httpx over LayerTransport", _layer_transport, "layer_async:LayerTransport", ("httpx",)),
     "httpx": Peer("httpx, default limits", _httpx, "httpx", ("httpx", "httpcore")),
     "httpx-limits": Peer("httpx, limits = C", _httpx_limits, "httpx", ("httpx", "httpcore")),
     "httpx2": Peer("httpx2", _httpx2, "httpx2", ("httpx2", "httpcore2")),
-    "aiohttp": Peer("aiohttp", _aiohttp, "aiohttp", ("aiohttp",)),
+    "aiohttp": Peer("aiohttp", _aiohttp, "aiohttp", ("aiohttp",), often=True),
     "httpx-aiohttp": Peer("httpx over aiohttp", _httpx_aiohttp, "httpx_aiohttp", ("httpx-aiohttp", "aiohttp")),
     "niquests": Peer("niquests", _niquests, "niquests", ("niquests",)),
     "aiosonic": Peer("aiosonic", _aiosonic, "aiosonic", ("aiosonic",)),
     "pyreqwest": Peer("pyreqwest (Rust)", _pyreqwest, "pyreqwest.client", ("pyreqwest",)),
+    "by-hand": Peer("asyncio and httptools by hand", _by_hand, "httptools", ("httptools",)),
 }

@@ -1,9 +1,10 @@
-"""The race of this client against its peers: `python -m benchmarks.race [--quick] [--out FILE.json] [--markdown]`.
+"""The races of this client against its peers: `python -m benchmarks.race [--quick] [--out FILE.json] [--markdown]`.
 
-It owns the order of the cells, their processes and their time limit. Rules: each cell runs in a fresh process, so that
-CPU and memory are its own; in each round every peer meets every concurrency, in an order that turns with the round, so
-that nobody always runs after the same neighbour; a cell that does not end in its time is told so, not waited for, and
-not tried again. The status is 1 when any call failed.
+Without options that say what is asked of the clients, all of `RACES` are run; with one of those, the race that they
+describe. This file owns the order of the cells, their processes and their time limit. Rules: each cell runs in a fresh
+process, so that CPU and memory are its own; in each round every peer that takes part meets every concurrency, in an
+order that turns with the round, so that nobody always runs after the same neighbour; a cell that does not end in its
+time is told so, not waited for, and not tried again. The status is 1 when any call failed.
 """
 
 from __future__ import annotations
@@ -23,8 +24,16 @@ from .origin import ROOT, OriginAddress, running_origin
 from .peers import PEERS, Cell
 from .runner import Measurement
 
-FULL: dict[str, Any] = {"rounds": 5, "concurrency": (1, 10, 100, 1000), "seconds": 1.0, "time_limit": 60.0}
-QUICK: dict[str, Any] = {"rounds": 3, "concurrency": (1, 10, 100), "seconds": 0.3, "time_limit": 30.0}
+FULL: dict[str, Any] = {"seconds": 0.5, "time_limit": 20.0}
+QUICK: dict[str, Any] = {"seconds": 0.3, "time_limit": 20.0, "rounds": 3}
+TERMS: dict[str, Any] = {"connections": None, "tls": True, "size": 2048, "latency": 0.0}
+RACES: dict[str, dict[str, Any]] = {
+    "A connection for each caller": {"rounds": 15, "concurrency": (1, 10, 100, 1000)},
+    "A hundred connections for all": {"rounds": 5, "concurrency": (1000, 10_000), "connections": 100},
+    "A distant server": {"rounds": 3, "concurrency": (100, 1000), "latency": 0.05},
+    "Large documents": {"rounds": 3, "concurrency": (10, 100), "size": 204_800},
+}
+EACH = 3  # a peer that does not run often takes part in each third round
 
 
 def least_calls(concurrency: int) -> int:
@@ -35,9 +44,10 @@ def least_calls(concurrency: int) -> int:
 def schedule(peers: Sequence[str], settings: report.Settings) -> Iterator[tuple[int, int, str]]:
     """Round, concurrency and peer of each cell, in the order in which they run."""
     for number in range(settings.rounds):
+        running = [peer for peer in peers if number % EACH == 0 or (peer in PEERS and PEERS[peer].often)]
         for place, concurrency in enumerate(settings.concurrency):
-            turn = (number + place) % len(peers)
-            for peer in [*peers[turn:], *peers[:turn]]:
+            turn = (number + place) % len(running) if running else 0
+            for peer in [*running[turn:], *running[:turn]]:
                 yield number, concurrency, peer
 
 
@@ -107,14 +117,14 @@ def _tell(result: report.CellResult, settings: report.Settings) -> None:
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.race", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, no C = 1000")
-    parser.add_argument("--rounds", type=int, help=f"default: {FULL['rounds']}, quick: {QUICK['rounds']}")
-    parser.add_argument("--concurrency", type=_numbers, metavar="C,C,...", help="default: 1,10,100,1000")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
+    parser.add_argument("--rounds", type=int, help="of each race; quick: 3")
+    parser.add_argument("--concurrency", type=_numbers, metavar="C,C,...", help="callers of the one race to run")
     parser.add_argument("--peers", type=lambda value: value.split(","), metavar="NAME,...", help=", ".join(PEERS))
     parser.add_argument("--connections", type=int, metavar="N", help="connections of each client; default: C")
     parser.add_argument("--plain", action="store_true", help="no TLS")
-    parser.add_argument("--size", type=int, default=2048, metavar="BYTES", help="length of a body; default: 2048")
-    parser.add_argument("--latency", type=float, default=0.0, metavar="SECONDS", help="of the server; default: 0")
+    parser.add_argument("--size", type=int, metavar="BYTES", help="length of a body; default: 2048")
+    parser.add_argument("--latency", type=float, metavar="SECONDS", help="of the server; default: 0")
     parser.add_argument("--seconds", type=float, help=f"of a cell, after its warm-up; default: {FULL['seconds']:g}")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help=f"default: {FULL['time_limit']:g}")
     parser.add_argument("--no-startup", action="store_true", help="leave out import and construction times")
@@ -127,17 +137,25 @@ def _numbers(value: str) -> tuple[int, ...]:
     return tuple(int(part) for part in value.split(","))
 
 
-def _settings(parser: argparse.ArgumentParser, options: argparse.Namespace) -> report.Settings:
-    chosen = dict(QUICK if options.quick else FULL)
-    chosen.update({name: getattr(options, name) for name in chosen if getattr(options, name) is not None})
-    settings = report.Settings(
-        connections=options.connections, tls=not options.plain, size=options.size, latency=options.latency, **chosen
-    )
-    if min(settings.rounds, *settings.concurrency, settings.connections or 1) < 1:
-        parser.error("rounds, concurrency and connections are at least 1")
-    if min(settings.seconds, settings.latency) < 0 or settings.time_limit <= 0:
-        parser.error("times are not negative")
-    return settings
+def _races(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[report.Race]:
+    """What is to be run: all races, or the one that the options describe."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    own: dict[str, Any] = {
+        name: given[name] for name in ("concurrency", "connections", "size", "latency") if name in given
+    }
+    if options.plain:
+        own["tls"] = False
+    asked = {"As asked for": {"rounds": 5, "concurrency": (1, 10, 100, 1000), **own}}
+    chosen: dict[str, dict[str, Any]] = asked if own else RACES
+    common = {**FULL, **(QUICK if options.quick else {})}
+    common.update({name: given[name] for name in ("rounds", "seconds", "time_limit") if name in given})
+    races = [report.Race(title, report.Settings(**{**TERMS, **race, **common})) for title, race in chosen.items()]
+    for settings in (race.settings for race in races):
+        if min(settings.rounds, *settings.concurrency, settings.connections or 1) < 1:
+            parser.error("rounds, concurrency and connections are at least 1")
+        if min(settings.seconds, settings.latency) < 0 or settings.time_limit <= 0:
+            parser.error("times are not negative")
+    return races
 
 
 def _take_part(parser: argparse.ArgumentParser, wanted: Sequence[str] | None) -> list[str]:
@@ -161,29 +179,33 @@ def _take_part(parser: argparse.ArgumentParser, wanted: Sequence[str] | None) ->
 def main() -> int:
     parser = _arguments()
     options = parser.parse_args()
-    settings = _settings(parser, options)
+    races = _races(parser, options)
     peers = _take_part(parser, options.peers)
+    startups = [] if options.no_startup else startup.measure(3 if options.quick else 11)
+    stopped = False
+    for one in races:
+        settings = one.settings
+        try:
+            with running_origin(tls=settings.tls, latency=settings.latency, size=settings.size) as origin:
+                race(peers, settings, origin, one.cells)
+        except KeyboardInterrupt:
+            stopped = True  # what was measured until now is still worth its table
+            break
     result = report.Result(
         command=report.command_line("benchmarks.race", sys.argv[1:]),
         date=report.today(),
         machine=report.this_machine(package for peer in peers for package in PEERS[peer].packages),
-        settings=settings,
-        startup=[] if options.no_startup else startup.measure(settings.rounds),
+        races=[attrs.evolve(one, rows=report.summarise(one.cells)) for one in races if one.cells],
+        startup=startups,
     )
-    stopped = False
-    try:
-        with running_origin(tls=settings.tls, latency=settings.latency, size=settings.size) as origin:
-            race(peers, settings, origin, result.cells)
-    except KeyboardInterrupt:
-        stopped = True  # what was measured until now is still worth its table
-    result = attrs.evolve(result, rows=report.summarise(result.cells))
     if options.out is not None and not stopped:
         report.write(result, options.out)
     print(report.markdown(result) if options.markdown else report.text(result))
-    failed = any(cell.measurement is None and cell.no_end_in is None for cell in result.cells)
     if stopped:
         return 130
-    return int(failed or any(row.errors for row in result.rows))
+    cells = [cell for one in races for cell in one.cells]
+    failed = any(cell.measurement is None and cell.no_end_in is None for cell in cells)
+    return int(failed or any(row.errors for one in result.races for row in one.rows))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import html
 import importlib.metadata
 import os
 import platform
@@ -108,15 +109,23 @@ class Startup:
 
 
 @attrs.frozen
+class Race:
+    """One race: what was asked for, each cell, and the rows made from the cells."""
+
+    title: str
+    settings: Settings
+    cells: list[CellResult] = attrs.field(factory=list)
+    rows: list[Row] = attrs.field(factory=list)
+
+
+@attrs.frozen
 class Result:
     """A whole result file."""
 
     command: str
     date: str
     machine: Machine
-    settings: Settings | None = None
-    rows: list[Row] = attrs.field(factory=list)
-    cells: list[CellResult] = attrs.field(factory=list)
+    races: list[Race] = attrs.field(factory=list)
     startup: list[Startup] = attrs.field(factory=list)
 
 
@@ -203,17 +212,17 @@ def _row(peer: str, concurrency: int, cells: Sequence[CellResult]) -> Row:
 def text(result: Result) -> str:
     """The tables for a terminal."""
     parts = [_heading(result)]
-    if result.rows:
+    for race in result.races:
         head = ["client", "C", "CPU us/call", "(min-max)", *(f"x {name}" for name in BASELINES)]
         head += ["p50 ms", "p99 ms", "calls/s", "peak MiB", "errors"]
         previous = None
         lines = []
-        for row in result.rows:
+        for row in race.rows:
             if previous not in (None, row.concurrency):
                 lines.append([""] * len(head))
             previous = row.concurrency
             lines.append(_text_row(row))
-        parts.append(_aligned([head, *lines]))
+        parts += [f"{race.title}. {_terms(race.settings)}", _aligned([head, *lines])]
     if result.startup:
         parts.append(_aligned([_STARTUP_HEAD, *map(_startup_row, result.startup)]))
     return "\n\n".join(parts)
@@ -222,13 +231,14 @@ def text(result: Result) -> str:
 def markdown(result: Result) -> str:
     """The tables for the README: a table for each figure, clients down, concurrency across."""
     parts = [_heading(result)]
-    if result.rows:
-        columns = list(dict.fromkeys(row.concurrency for row in result.rows))
+    for race in result.races:
+        columns = list(dict.fromkeys(row.concurrency for row in race.rows))
+        parts.append(f"**{race.title}.** {_terms(race.settings)}")
         for title, cell in _PIVOTS:
-            head = [title, *(f"C = {concurrency}" for concurrency in columns)]
+            head = [title, *(f"C = {concurrency:,}" for concurrency in columns)]
             lines = []
-            for peer in dict.fromkeys(row.peer for row in result.rows):
-                found = {row.concurrency: row for row in result.rows if row.peer == peer}
+            for peer in dict.fromkeys(row.peer for row in race.rows):
+                found = {row.concurrency: row for row in race.rows if row.peer == peer}
                 lines.append([PEERS[peer].title, *(cell(found[c]) if c in found else "-" for c in columns)])
             parts.append(_piped([head, *lines]))
     if result.startup:
@@ -237,23 +247,22 @@ def markdown(result: Result) -> str:
 
 
 def _heading(result: Result) -> str:
-    machine, settings = result.machine, result.settings
+    machine = result.machine
     packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
-    lines = [
-        f"{machine.cpu}, {machine.cores} cores, {machine.system}, {machine.python}, {result.date}.",
-        f"{packages}.",
-        f"`{result.command}`",
-    ]
-    if settings is not None:
-        transfer = "TLS 1.3" if settings.tls else "no TLS"
-        connections = "C" if settings.connections is None else settings.connections
-        rounds = "1 round" if settings.rounds == 1 else f"medians of {settings.rounds} rounds"
-        lines.insert(
-            0,
-            f"C callers in a closed loop, at most {connections} connections, {transfer}, keep-alive, "
-            f"{settings.size:,} bytes of JSON, {settings.latency * 1000:g} ms of server latency; {rounds}.",
-        )
-    return "\n".join(lines)
+    return (
+        f"{machine.cpu}, {machine.cores} cores, {machine.system}, {machine.python}, {result.date}.\n"
+        f"{packages}.\n`{result.command}`"
+    )
+
+
+def _terms(settings: Settings) -> str:
+    transfer = "TLS 1.3" if settings.tls else "no TLS"
+    connections = "C" if settings.connections is None else settings.connections
+    rounds = "1 round" if settings.rounds == 1 else f"medians of {settings.rounds} rounds"
+    return (
+        f"C callers in a closed loop, at most {connections} connections, {transfer}, keep-alive, "
+        f"{settings.size:,} bytes of JSON, {settings.latency * 1000:g} ms of server latency; {rounds}."
+    )
 
 
 def _no_figure(row: Row) -> str:
@@ -339,9 +348,44 @@ def _piped(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, rule, *rest])
 
 
+BAR, GAP, LEFT, WIDTH, MOST = 18, 6, 250, 420, 800.0
+
+
+def chart(race: Race, concurrency: int) -> str:
+    """An SVG of the CPU time a call of each client at `concurrency`; bars that would be longer than `MOST` are cut."""
+    rows = sorted(
+        (row for row in race.rows if row.concurrency == concurrency and row.cpu_us is not None),
+        key=lambda row: row.cpu_us.median if row.cpu_us else 0.0,
+    )
+    height = len(rows) * (BAR + GAP) + 40
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 90} {height}" role="img"',
+        ' font-family="system-ui, sans-serif" font-size="13">',
+        "<style>text{fill:#1f2328}.bar{fill:#8c959f}.ours{fill:#0969da}",
+        "@media (prefers-color-scheme: dark){text{fill:#e6edf3}.bar{fill:#6e7681}.ours{fill:#58a6ff}}</style>",
+        f'<text x="0" y="16" font-weight="600">CPU time of the client per call, microseconds, C = {concurrency}</text>',
+    ]
+    for number, row in enumerate(rows):
+        assert row.cpu_us is not None
+        figure, top = row.cpu_us.median, 30 + number * (BAR + GAP)
+        width = min(figure, MOST) / MOST * WIDTH
+        kind = "bar ours" if row.peer == "layer_async" else "bar"
+        label = f"{figure:,.0f}" if figure <= MOST else f"\N{RIGHTWARDS ARROW} {figure:,.0f}"
+        parts += [
+            f'<text x="{LEFT - 8}" y="{top + 14}" text-anchor="end">{html.escape(PEERS[row.peer].title)}</text>',
+            f'<rect class="{kind}" x="{LEFT}" y="{top}" width="{width:.1f}" height="{BAR}" rx="2"/>',
+            f'<text x="{LEFT + width + 6:.1f}" y="{top + 14}">{label}</text>',
+        ]
+    return "\n".join([*parts, "</svg>\n"])
+
+
 def write(result: Result, path: Path) -> None:
-    """Write the result file, whole or not at all."""
+    """Write the result file, whole or not at all, and beside it, as SVG, the chart of its first race."""
     text = msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
+    if result.races:
+        first = result.races[0]
+        concurrency = 100 if 100 in first.settings.concurrency else first.settings.concurrency[-1]
+        path.with_suffix(".svg").write_text(chart(first, concurrency), encoding="utf-8")
     beside = path.with_name(path.name + ".part")
     beside.write_bytes(text)
     beside.replace(path)

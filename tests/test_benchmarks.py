@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from xml.etree import ElementTree
 
 import attrs
 import msgspec
@@ -165,10 +166,38 @@ async def test_the_loop_makes_the_calls_it_was_told_to_and_never_a_path_twice() 
 
 
 def test_every_peer_meets_every_concurrency_in_every_round_in_turning_order() -> None:
-    order = list(race.schedule(["a", "b", "c"], SETTINGS))
+    peers = [name for name, peer in PEERS.items() if peer.often][:3]
+    order = list(race.schedule(peers, SETTINGS))
     assert len(order) == len(set(order)) == 3 * 2 * 3
     firsts = [order[index][2] for index in range(0, len(order), 3)]
-    assert set(firsts) == {"a", "b", "c"}
+    assert set(firsts) == set(peers)
+
+
+def test_a_peer_that_is_slow_to_run_takes_part_in_each_third_round() -> None:
+    settings = attrs.evolve(SETTINGS, rounds=7, concurrency=(10,))
+    order = list(race.schedule(["layer_async", "httpx"], settings))
+    assert [number for number, _, peer in order if peer == "layer_async"] == list(range(7))
+    assert [number for number, _, peer in order if peer == "httpx"] == [0, 3, 6]
+
+
+def test_without_terms_all_races_are_run_and_with_one_the_race_that_it_describes() -> None:
+    parser = race._arguments()
+    everything = race._races(parser, parser.parse_args(["--quick"]))
+    assert [one.title for one in everything] == list(race.RACES)
+    assert {one.settings.rounds for one in everything} == {race.QUICK["rounds"]}
+    (one,) = race._races(parser, parser.parse_args(["--concurrency", "7", "--plain", "--latency", "0.5"]))
+    assert (one.settings.concurrency, one.settings.tls, one.settings.latency) == ((7,), False, 0.5)
+
+
+def test_a_chart_has_a_bar_for_each_peer_and_cuts_the_longest() -> None:
+    figures = {"layer_async": 60.0, "httpx": 2000.0, "aiohttp": 120.0}
+    cells = [report.CellResult(peer, 100, 0, measurement(cpu_us)) for peer, cpu_us in figures.items()]
+    drawn = report.chart(report.Race("A race", SETTINGS, cells, report.summarise(cells)), 100)
+    root = ElementTree.fromstring(drawn)
+    bars = root.findall("{http://www.w3.org/2000/svg}rect")
+    assert [bar.get("class") for bar in bars] == ["bar ours", "bar", "bar"]
+    assert [float(bar.get("width", "0")) for bar in bars] == [31.5, 63.0, report.WIDTH]
+    assert "prefers-color-scheme: dark" in drawn
 
 
 def test_a_cell_without_end_is_stopped_told_and_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,13 +208,15 @@ def test_a_cell_without_end_is_stopped_told_and_not_tried_again(monkeypatch: pyt
         return time_limit if cell.peer == "httpx" else measurement(100.0)
 
     monkeypatch.setattr(race, "run_cell", run_cell)
+    monkeypatch.setattr(race, "EACH", 1)
     cells: list[report.CellResult] = []
     race.race(["httpx", "aiohttp"], attrs.evolve(SETTINGS, concurrency=(1000,)), OriginAddress(9, ""), cells)
     assert tried.count("httpx") == 1
     assert tried.count("aiohttp") == 3
     row = report.summarise(cells)[0]
     assert (row.no_end_in, row.cpu_us) == (60.0, None)
-    result = report.Result("command", "date", report.this_machine([]), SETTINGS, report.summarise(cells), cells)
+    races = [report.Race("A race", SETTINGS, cells, report.summarise(cells))]
+    result = report.Result("command", "date", report.this_machine([]), races)
     assert "no end in 60 s" in report.text(result)
     assert "no end in 60 s" in report.markdown(result)
 
@@ -243,8 +274,9 @@ def test_a_quick_race_prints_its_table_and_writes_its_result_file(tmp_path: Path
     assert result.command == f"python -m benchmarks.race {' '.join(quick)} --peers httpx,aiohttp"
     assert result.machine.cores >= 1
     assert {"httpx", "aiohttp", "layer-async"} <= set(result.machine.packages)
-    assert {(row.peer, row.concurrency) for row in result.rows} == set(itertools.product(("httpx", "aiohttp"), (1, 2)))
-    for cell in result.cells:
+    (one,) = result.races
+    assert {(row.peer, row.concurrency) for row in one.rows} == set(itertools.product(("httpx", "aiohttp"), (1, 2)))
+    for cell in one.cells:
         assert cell.measurement is not None
         assert cell.measurement.calls >= 300
         assert cell.measurement.errors == 0
