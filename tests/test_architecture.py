@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "_pool": {"_errors"},
     "_sockets": {"_exchange"},
     "_portable": {"_errors", "_exchange", "_sockets"},
-    "_transport": {"_errors", "_exchange", "_pool", "_portable"},
+    "_wire": {"_exchange", "_sockets"},
+    "_transport": {"_errors", "_exchange", "_pool", "_portable", "_wire"},
     "_bulk": {"_errors"},
     "_options": {"_errors", "_retry", "_tokens"},
     "_call": {
