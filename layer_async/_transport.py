@@ -10,12 +10,14 @@ Private names of httpx and httpcore on which this room leans are in `PRIVATE`, a
 
 from __future__ import annotations
 
+import base64
 import functools
 import os
 import ssl
+import sys
 import types
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpcore
 import httpx
@@ -25,6 +27,9 @@ from ._errors import ClientClosedError, ConfigurationError
 from ._exchange import ExchangeRecord
 from ._pool import ConnectionPool, Slot, SlotTimeout
 from ._portable import PortableConnection
+
+if TYPE_CHECKING:
+    from ._wire import Proxy, WireConnection
 
 __all__ = ["HTTPClient", "LayerTransport"]
 
@@ -123,7 +128,7 @@ class LayerTransport(httpx.AsyncHTTPTransport):
         if proxy is not None:
             proxy = checked_proxy(proxy, context)
         super().__init__(verify=context, trust_env=trust_env, limits=limits, proxy=proxy)
-        self._pool: Any = _PoolAdapter(self._pool, self.pool, proxy)
+        self._pool: Any = _PoolAdapter(self._pool, self.pool, proxy, context)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.pool!r}>"
@@ -132,10 +137,14 @@ class LayerTransport(httpx.AsyncHTTPTransport):
 class _PoolAdapter:
     """Stands where `httpx.AsyncHTTPTransport` keeps httpcore's pool; that one, `factory`, only makes connections."""
 
-    def __init__(self, factory: Any, pool: ConnectionPool, proxy: httpx.Proxy | None) -> None:
+    def __init__(self, factory: Any, pool: ConnectionPool, proxy: httpx.Proxy | None, context: ssl.SSLContext) -> None:
         self._factory = factory
         self._pool = pool
+        self._context = context
+        self._proxy = proxy
         self._proxy_layers = int(proxy is not None and proxy.url.scheme == "https")
+        # SOCKS is httpcore's affair.
+        self._can_be_wired = proxy is None or proxy.url.scheme in ("http", "https")
 
     async def __aenter__(self) -> _PoolAdapter:
         return self
@@ -170,12 +179,11 @@ class _PoolAdapter:
             _free(slot, record)
             _raise_if_revoked(slot, exc)
             raise
-        return httpcore.Response(
-            response.status,
-            headers=response.headers,
-            content=_ResponseStream(response.stream, connection, slot, record),
-            extensions=response.extensions,
-        )
+        if isinstance(connection, PortableConnection):
+            response.stream = _ResponseStream(response.stream, connection, slot, record)
+        else:
+            response.stream = _AnswerStream(response.stream, connection, slot, record)
+        return response
 
     async def _slot(self, request: httpcore.Request, record: ExchangeRecord) -> Slot:
         """The slot that the caller holds already, else the next one."""
@@ -191,18 +199,81 @@ class _PoolAdapter:
         record.slot, record.phase = slot, phase
         return slot
 
-    def _connection(self, slot: Slot, request: httpcore.Request, record: ExchangeRecord) -> PortableConnection:
+    def _connection(
+        self, slot: Slot, request: httpcore.Request, record: ExchangeRecord
+    ) -> PortableConnection | WireConnection:
         url = request.url
         server_name: Any = request.extensions.get("sni_hostname")
         record.begin_attempt()
+        port = url.port or SCHEMES[url.scheme]
+        is_wired = self._can_be_wired and self._is_wired(request)
 
-        def connect() -> PortableConnection:
+        def connect() -> PortableConnection | WireConnection:
+            if is_wired:
+                return self._wire(url.scheme, url.host.decode("ascii"), port, server_name)
             layers = self._proxy_layers + (url.scheme in (b"https", b"wss"))
             return PortableConnection(self._factory, url.origin, tls_layers=layers)
 
-        # Connections differ by the transport that made them (its TLS, its proxy), and by the name that was verified.
-        route = (self, url.scheme, url.host, url.port or SCHEMES[url.scheme], server_name)
-        return slot.take(route, connect, fresh=getattr(record, "fresh", False))
+        # Connections differ by their kind, the transport that made them (its TLS, its proxy), and the name that was
+        # verified.
+        route = (is_wired, self, url.scheme, url.host, port, server_name)
+        return slot.take(route, connect, fresh=record.fresh)
+
+    def _is_wired(self, request: httpcore.Request) -> bool:
+        """Whether nothing is lost by a connection of our own making: on asyncio, where no tool looks at httpcore's."""
+        return (
+            "asyncio" in sys.modules
+            and request.url.scheme in (b"http", b"https")
+            and "trace" not in request.extensions
+            and _are_seams_untouched()
+            and _wire_room().is_on_asyncio()
+        )
+
+    def _wire(self, scheme: bytes, host: str, port: int, server_name: str | None) -> WireConnection:
+        connection: WireConnection = _wire_room().WireConnection(
+            host,
+            port,
+            tls=self._context if scheme == b"https" else None,
+            server_hostname=server_name,
+            proxy=None if self._proxy is None else self._wire_proxy(self._proxy),
+        )
+        return connection
+
+    def _wire_proxy(self, proxy: httpx.Proxy) -> Proxy:
+        url = proxy.url
+        fields = proxy.headers.raw
+        if proxy.raw_auth is not None:
+            user, password = proxy.raw_auth
+            fields = [(b"Proxy-Authorization", b"Basic " + base64.b64encode(user + b":" + password)), *fields]
+        tls = proxy.ssl_context if url.scheme == "https" else None
+        port = url.port or SCHEMES[url.raw_scheme]
+        made: Proxy = _wire_room().Proxy(url.raw_host.decode("ascii"), port, tls=tls, fields=fields)
+        return made
+
+
+@functools.cache
+def _wire_room() -> Any:
+    """Loaded where asyncio is already: a program on trio needs neither."""
+    from . import _wire
+
+    return _wire
+
+
+# What connections of ours step over: where a tool has put its own function, httpcore's are made.
+_STEPPED_OVER: tuple[tuple[Any, str], ...] = (
+    (httpcore.AsyncHTTPConnection, "handle_async_request"),
+    (httpcore.AsyncHTTP11Connection, "handle_async_request"),
+    (httpcore.AsyncConnectionPool, "create_connection"),
+    (httpcore.AsyncHTTPProxy, "create_connection"),
+)
+
+
+def _are_seams_untouched() -> bool:
+    for owner, name in _STEPPED_OVER:
+        function = getattr(owner, name)
+        if type(function) is not types.FunctionType or not function.__code__.co_filename.startswith(_HTTPCORE):
+            return False
+    return True
 
 
 def _free(slot: Slot, record: ExchangeRecord) -> None:
@@ -224,6 +295,7 @@ def _is_untouched(function: object) -> bool:
     return function.__code__.co_filename == _UNTOUCHED_FILE
 
 
+_HTTPCORE = os.path.dirname(os.path.abspath(httpcore.__file__)) + os.sep
 _UNTOUCHED_FILE = httpcore.AsyncConnectionPool.create_connection.__code__.co_filename
 
 
@@ -338,6 +410,44 @@ class _ResponseStream:
                 await self._iterator.__anext__()
         except (StopAsyncIteration, httpcore.NetworkError, httpcore.ProtocolError):
             pass
+
+
+class _AnswerStream:
+    """The body of a response from a connection of ours; when it is closed, its slot is free."""
+
+    __slots__ = ("_answer", "_connection", "_is_closed", "_record", "_slot")
+
+    def __init__(self, answer: Any, connection: WireConnection, slot: Slot, record: ExchangeRecord) -> None:
+        self._answer: Any = answer
+        self._connection = connection
+        self._slot = slot
+        self._record = record
+        self._is_closed = False
+
+    def __aiter__(self) -> _AnswerStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._is_closed:
+            raise StopAsyncIteration
+        try:
+            part: bytes = await self._answer.__anext__()
+        except StopAsyncIteration:
+            raise
+        except BaseException as exc:
+            _free(self._slot, self._record)
+            _raise_if_revoked(self._slot, exc)
+            raise
+        return part
+
+    async def aclose(self) -> None:
+        """Free the slot; the connection is kept if the answer was read to its end and nothing else came."""
+        if not self._is_closed:
+            self._is_closed = True
+            if self._connection.is_reusable():
+                self._slot.give_back()
+            _free(self._slot, self._record)
+            self._answer = None
 
 
 class _NoCookies(httpx.Cookies):

@@ -33,8 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "_sockets": {"_exchange"},
     "_portable": {"_errors", "_exchange", "_sockets"},
     "_seams": set(),
-    "_transport": {"_errors", "_exchange", "_pool", "_portable"},
-    "_lean": {"_auth", "_errors", "_exchange", "_origin", "_seams", "_tokens", "_transport"},
+    "_wire": {"_exchange", "_sockets"},
+    "_transport": {"_errors", "_exchange", "_pool", "_portable", "_seams", "_wire"},
+    "_lean": {"_auth", "_coding", "_errors", "_exchange", "_origin", "_seams", "_tokens", "_transport", "_wire"},
     "_bulk": {"_errors"},
     "_options": {"_errors", "_retry", "_tokens"},
     "_call": {
