@@ -10,15 +10,12 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-import zlib
 from collections import OrderedDict, deque
 from collections.abc import (
     AsyncGenerator,
-    AsyncIterator,
     Callable,
     Generator,
 )
-from contextlib import suppress
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, cast
@@ -29,6 +26,7 @@ import anyio.to_thread
 import attrs
 import httpx
 
+from ._coding import read_bounded
 from ._errors import (
     BODY_LIMIT,
     AuthenticationError,
@@ -51,52 +49,11 @@ CIRCUIT_ADVICE = (
 )
 
 
-class _BriefBody(httpx.AsyncByteStream):
-    """At most `BODY_LIMIT` bytes of a body, decoded here, since a decoder above would not know where to stop.
-
-    gzip and deflate are decoded; what comes under another coding is left out.
-    """
-
-    def __init__(self, stream: httpx.AsyncByteStream, coding: str) -> None:
-        self._stream = stream
-        self._plain = coding in ("", "identity")
-        self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32) if coding in ("gzip", "x-gzip", "deflate") else None
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        read = given = 0
-        chunks = self._stream.__aiter__()
-        with suppress(httpx.RequestError):  # an answer that breaks off is kept as far as it came
-            async for chunk in chunks:
-                piece = self._decoded(chunk[: BODY_LIMIT - read], BODY_LIMIT - given)
-                read, given = read + len(chunk), given + len(piece)
-                yield piece
-                if max(read, given) >= BODY_LIMIT:
-                    break
-        if isinstance(chunks, AsyncGenerator):  # left half read, it would be the garbage collector's
-            await chunks.aclose()
-
-    def _decoded(self, chunk: bytes, limit: int) -> bytes:
-        if self._plain:
-            return chunk
-        if self._decoder is None:
-            return b""
-        try:
-            return self._decoder.decompress(chunk, limit)
-        except zlib.error:
-            self._decoder = None
-            return b""
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-
 async def _read_briefly(response: httpx.Response) -> bytes | None:
     """Read at most 64 KiB, so that the connection is free; None where a hook has taken the body already."""
-    if not response.is_closed:
-        coding = response.headers.pop("content-encoding", "").strip().lower()
-        response.stream = _BriefBody(cast(httpx.AsyncByteStream, response.stream), coding)
     try:
-        return await response.aread()
+        await read_bounded(response, BODY_LIMIT, truncate=True)
+        return response.content
     except httpx.StreamError:
         await response.aclose()
         return None

@@ -12,6 +12,7 @@ command line all come through here.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -24,6 +25,7 @@ import httpx
 
 from ._auth import DualTokenAuth
 from ._bulk import current_item
+from ._coding import bound_body, read_bounded
 from ._errors import (
     BODY_LIMIT,
     ClientClosedError,
@@ -37,7 +39,7 @@ from ._errors import (
     scrub,
     status_error,
 )
-from ._exchange import EXTENSION, ExchangeRecord, QuietRequest, is_replayable, read_bounded, retry_after
+from ._exchange import EXTENSION, ExchangeRecord, QuietRequest, is_replayable, retry_after
 from ._failures import is_safe_to_repeat
 from ._options import (
     CALL_CHECKS,
@@ -243,14 +245,20 @@ class Call:
         except ConfigurationError:
             return RequestInfo(self.method, f"{self.corridor.origin}/")
 
+    def watch_body(self, response: httpx.Response) -> None:
+        """Let the caller stream `response`: its errors are ours, wherever they are met, and say how much had come.
+
+        It is held to `max_response_bytes` only where the call itself was given that.
+        """
+        border = functools.partial(self._translating_body, response)
+        with border():
+            bound_body(response, self.given.get("max_response_bytes"), border=border)
+
     @contextmanager
-    def translating_body(self, response: httpx.Response) -> Generator[None, None, None]:
-        """While the caller streams `response`, its errors become ours, and say how much had come."""
+    def _translating_body(self, response: httpx.Response) -> Generator[None, None, None]:
         try:
             yield
         except httpx.RequestError as exc:
-            if exc._request is not response.request:
-                raise
             exc.args = (f"{exc} after {response.num_bytes_downloaded} bytes of the body",)
             raise_translated(exc, self._context())
         except LayerError as exc:
@@ -287,6 +295,9 @@ class Call:
         response = await send(request)
         if not isinstance(response, httpx.Response):
             raise TypeError(f"a middleware must return an httpx.Response, not {type(response).__name__}")
+        if corridor.middleware and not response.is_closed and self._is_to_be_read(response):
+            # It made the answer itself, or had it from elsewhere.
+            await self._read(response)
         return response
 
     def _build(self) -> httpx.Request:
@@ -372,7 +383,7 @@ class Call:
                 response = await self._send(response.next_request)
                 response.history = history
                 is_read = False
-            if not self.streamed or response.status_code >= 400:
+            if self._is_to_be_read(response):
                 if not is_read:
                     await self._read(response)
                 record.release_slot()
@@ -399,6 +410,9 @@ class Call:
             and self.corridor.origin.admits(following.url)
             and is_replayable(following)
         )
+
+    def _is_to_be_read(self, response: httpx.Response) -> bool:
+        return not self.streamed or response.status_code >= 400
 
     async def _read(self, response: httpx.Response) -> None:
         if response.status_code >= 400:

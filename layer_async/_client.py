@@ -22,7 +22,6 @@ from ._auth import DualTokenAuth
 from ._bulk import Bulk, run_all
 from ._call import CallSettings, Corridor, Identity, Lane
 from ._errors import ClientClosedError, ConfigurationError, LayerError
-from ._exchange import bound_body
 from ._options import (
     BodyOptions,
     CallOptions,
@@ -276,14 +275,11 @@ class AsyncLayerClient:
         given = Quiet(options, path=path)
         del path, options
         call = self._corridor.begin(method, given, streamed=True)
-        limit = given.get("max_response_bytes")
         try:
             response: httpx.Response = await call.run()
-            if limit is not None:
-                bound_body(response, limit)
+            call.watch_body(response)
             try:
-                with call.translating_body(response):
-                    yield response
+                yield response
             finally:
                 await response.aclose()
         finally:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import email.utils
 import re
-import sys
-from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import attrs
 import httpx
 
-from ._errors import AttemptInfo, MalformedResponseError, RequestInfo
+from ._errors import AttemptInfo, RequestInfo
 
 EXTENSION = "layer_async"
 
@@ -117,115 +115,6 @@ def retry_after(response: httpx.Response) -> float | None:
     if until is None or now is None or until <= now:
         return None
     return until - now
-
-
-async def read_bounded(response: httpx.Response, limit: int | None, *, truncate: bool = False) -> None:
-    """Read and close `response`, holding at most `limit` bytes of its decoded body (None: no bound).
-
-    Where `truncate` is set (for error bodies, which are read to be shown), a longer body is cut at the limit, and one
-    that breaks off is kept as far as it came; elsewhere the one is a `MalformedResponseError`, the other httpx's error.
-    """
-    bound = sys.maxsize if limit is None else limit
-    if truncate or not _is_known_to_fit(response, bound):
-        bound_body(response, bound, truncate=truncate)
-    await response.aread()
-
-
-def _is_known_to_fit(response: httpx.Response, limit: int) -> bool:
-    """Whether the framing alone keeps the body below `limit`: then it needs no watching."""
-    headers = response.headers
-    if "content-encoding" in headers or response.is_stream_consumed:
-        return False
-    length = headers.get("content-length", "")
-    return length.isdecimal() and len(length) < 16 and int(length) <= limit
-
-
-def bound_body(response: httpx.Response, limit: int, *, truncate: bool = False) -> None:
-    """Let whoever reads `response` have at most `limit` decoded bytes of it; see `read_bounded`."""
-    if response.is_stream_consumed:
-        if len(response.content) > limit and not truncate:
-            raise _too_large(limit)
-        return
-    body = BoundedBody(response, limit, truncate=truncate)
-    response.stream = body
-    response._decoder = body  # type: ignore[assignment]
-
-
-class BoundedBody(httpx.AsyncByteStream):
-    """The stream and the content decoder of a response at once: what the one gives out decides when the other ends."""
-
-    def __init__(self, response: httpx.Response, limit: int, *, truncate: bool) -> None:
-        assert isinstance(response.stream, httpx.AsyncByteStream)
-        self._stream = response.stream
-        self._decoder: Any = response._get_content_decoder()
-        self._limit = self._left = limit
-        self._truncate = truncate
-        self._was_fed = False
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        is_open = True
-        try:
-            async for chunk in self._stream:
-                if self._left >= 0:
-                    yield chunk
-                elif is_open:
-                    # Closed, the generators below soon run out. Left half-way, they would be the garbage collector's,
-                    # which trio warns of.
-                    is_open = False
-                    await self._stream.aclose()
-        except httpx.RequestError:
-            if self._left >= 0 and not self._truncate:
-                raise
-        self._check()
-
-    async def aclose(self) -> None:
-        """Close the stream below."""
-        await self._stream.aclose()
-
-    def decode(self, data: bytes) -> bytes:
-        """Decode `data`, and let none of it out beyond the limit."""
-        self._was_fed = self._was_fed or bool(data)
-        try:
-            return self._bounded(self._decoder.decode(data))
-        except httpx.DecodingError:
-            if not self._truncate:
-                raise
-            return b""
-
-    def flush(self) -> bytes:
-        """The rest, under the same bound."""
-        try:
-            rest = self._bounded(self._decoder.flush())
-            # httpx takes a gzip or deflate body that breaks off for a whole one.
-            if self._was_fed and self._left >= 0 and any(map(_is_unfinished, _decoders(self._decoder))):
-                raise httpx.DecodingError("the compressed body is cut short")
-        except httpx.DecodingError:
-            if not self._truncate:
-                raise
-            return b""
-        self._check()
-        return rest
-
-    def _bounded(self, data: bytes) -> bytes:
-        allowed = max(self._left, 0)
-        self._left -= len(data)
-        return data[:allowed]
-
-    def _check(self) -> None:
-        if self._left < 0 and not self._truncate:
-            raise _too_large(self._limit)
-
-
-def _decoders(decoder: Any) -> list[Any]:
-    return list(getattr(decoder, "children", [decoder]))
-
-
-def _is_unfinished(decoder: Any) -> bool:
-    return getattr(getattr(decoder, "decompressor", None), "eof", True) is False
-
-
-def _too_large(limit: int) -> MalformedResponseError:
-    return MalformedResponseError(f"the body is larger than max_response_bytes={limit} allows.")
 
 
 def _http_date(value: str) -> float | None:

@@ -23,7 +23,8 @@ from httpx._exceptions import request_context
 
 from ._auth import DualTokenAuth
 from ._errors import BODY_LIMIT
-from ._exchange import ExchangeRecord, QuietRequest, read_bounded
+from ._coding import read_bounded
+from ._exchange import ExchangeRecord, QuietRequest
 from ._origin import Origin
 from ._seams import Seam
 from ._tokens import HeaderEntry

@@ -569,7 +569,7 @@ async def test_the_body_of_a_401_is_read_to_64_kib_and_closed_before_the_source_
     assert response.content == b"fine"
     assert closed == [False, True]
     assert len(response.history[0].content) == 65536
-    assert 65536 <= wire.stream.read < 70_000
+    assert 65536 <= wire.stream.read < 90_000
 
 
 def compressed(size: int, wbits: int) -> list[bytes]:
@@ -588,8 +588,9 @@ def compressed(size: int, wbits: int) -> list[bytes]:
         ("gzip", compressed(50_000_000, 31), b"x" * 65536),
         ("gzip", [b"not gzip at all", b"indeed"], b""),
         ("gzip", [compressed(30, 31)[0][:-6]], b"x" * 30),
-        ("br", [b"\x1b\x00"], b""),
-        ("gzip, br", [b"\x1b\x00"], b""),
+        ("unheard-of", [b"\x1b\x00"], b"\x1b\x00"),
+        ("gzip, unheard-of", [b"\x1b\x00"], b""),
+        ("gzip," * 9, [b"\x1b\x00"], b""),
     ],
 )
 async def test_no_compression_makes_the_body_of_a_401_larger_or_the_retry_fail(

@@ -711,6 +711,78 @@ async def test_an_error_while_the_body_streams_is_ours_and_says_how_much_came(
     assert len(router.calls) == 1
 
 
+@pytest.mark.parametrize("way", ["aiter_bytes", "aiter_raw", "aiter_text", "aiter_lines"])
+async def test_an_error_of_a_stream_is_ours_where_it_is_met(
+    client: AsyncLayerClient, router: respx.MockRouter, way: str
+) -> None:
+    router.get("/api/x").mock(side_effect=lambda request: httpx.Response(200, stream=Broken()))
+    async with client.stream("GET", "/api/x") as response:
+        with pytest.raises(APIConnectionError, match=r"reset after 4 bytes of the body\.$") as caught:
+            async for _ in getattr(response, way)():
+                pass
+    assert caught.value.request == errors.RequestInfo("GET", "https://webapi.thelayer.com/api/x")
+    async with client.stream("GET", "/api/x", max_response_bytes=3) as response:
+        with pytest.raises(MalformedResponseError, match="max_response_bytes=3") as too_large:
+            async for _ in getattr(response, way)():
+                pass
+    assert too_large.value.request is not None
+
+
+async def test_a_body_that_a_mock_has_read_already_is_bounded_in_a_stream_too() -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=b"x" * 100))
+    async with make(transport=transport) as client:
+        with pytest.raises(MalformedResponseError, match="max_response_bytes=99") as caught:
+            async with client.stream("GET", "/api/x", max_response_bytes=99):
+                raise AssertionError
+        assert caught.value.request is not None
+        async with client.stream("GET", "/api/x", max_response_bytes=100) as response:
+            assert [piece async for piece in response.aiter_bytes()] == [b"x" * 100]
+
+
+async def test_an_endless_body_of_a_transport_of_ones_own_is_stopped_at_the_limit() -> None:
+    taken = 0
+
+    class Endless(httpx.AsyncByteStream):
+        def __aiter__(self) -> AsyncIterator[bytes]:
+            return self
+
+        async def __anext__(self) -> bytes:
+            nonlocal taken
+            taken += 1
+            return b"x" * 1000
+
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Endless()))
+    async with make(transport=transport, max_response_bytes=10_000) as client:
+        with pytest.raises(MalformedResponseError):
+            await client.get("/api/x")
+        assert taken < 50
+        with pytest.raises(MalformedResponseError):
+            async with client.stream("GET", "/api/x", max_response_bytes=10_000) as response:
+                await response.aread()
+        assert taken < 100
+
+
+async def test_an_answer_that_a_middleware_leaves_unread_is_read(router: respx.MockRouter) -> None:
+    async def answer(request: httpx.Request, call_next: CallNext) -> httpx.Response:
+        status = int(request.url.path.rpartition("/")[2])
+        return httpx.Response(status, stream=Chunks(*[b'{"message": "made here"}', b" " * 1000] * 100), request=request)
+
+    async with make(middleware=[answer], max_response_bytes=200_000) as client:
+        for code in ("/404", "/503"):
+            with pytest.raises(APIStatusError, match="made here") as caught:
+                await client.get(code)
+            assert len(caught.value.body) == 64 * 1024
+            with pytest.raises(APIStatusError, match="made here"):
+                async with client.stream("GET", code):
+                    raise AssertionError
+        assert len((await client.get("/200")).content) == 102_400
+        with pytest.raises(MalformedResponseError):
+            await client.get("/200", max_response_bytes=1000)
+        async with client.stream("GET", "/200") as response:
+            assert not response.is_stream_consumed
+            assert len(await response.aread()) == 102_400
+
+
 async def test_errors_of_others_inside_a_stream_block_pass_untouched(
     client: AsyncLayerClient, router: respx.MockRouter
 ) -> None:

@@ -62,13 +62,42 @@ async def test_an_error_keeps_its_status_whatever_its_body_is(body: bytes) -> No
     assert len(server.record.requests) == 1
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # trio warns of the generator that httpx leaves half-way
 async def test_a_body_that_is_not_in_the_coding_it_claims_is_malformed() -> None:
     with FaultServer() as server:
         server.behaviours["odd"] = lambda ex: ex.respond(b"plain text", headers=GZIP)
         async with make(server) as client:
             with pytest.raises(MalformedResponseError):
                 await client.get("/odd/1")
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+async def test_a_bomb_is_refused_and_its_connection_with_it(framing: str) -> None:
+    body = gzip.compress(bytes(4 * 2**20))
+    head = f"HTTP/1.1 200 OK\r\n{GZIP}"
+
+    def send(ex: Exchange) -> None:
+        if framing == "chunked":
+            ex.send(f"{head}Transfer-Encoding: chunked\r\n\r\n{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n")
+        elif framing == "length":
+            ex.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        else:
+            ex.send(f"{head}Connection: close\r\n\r\n".encode() + body)
+            ex.close()
+
+    with FaultServer() as server:
+        server.behaviours["bomb"] = send
+        async with make(server, max_response_bytes=2**20) as client:
+            with pytest.raises(MalformedResponseError, match="max_response_bytes=1048576"):
+                await client.get("/bomb/1")
+            assert (client.pool.stats.open, client.pool.stats.in_use) == (0, 0)
+            response = await client.get("/bomb/2", max_response_bytes=4 * 2**20)
+            assert response.content == bytes(4 * 2**20)
+            assert response.num_bytes_downloaded == len(body)
+            assert response.elapsed.total_seconds() > 0
+            async with client.stream("GET", "/bomb/3") as streamed:
+                sizes = [len(piece) async for piece in streamed.aiter_bytes()]
+            assert max(sizes) <= 64 * 1024
+            assert sum(sizes) == 4 * 2**20
 
 
 async def test_a_header_that_is_not_ascii_does_not_hide_the_status() -> None:

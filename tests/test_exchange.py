@@ -1,9 +1,8 @@
-"""What is known of an exchange: its record, whether its body can be sent again, Retry-After, and bounded reading."""
+"""What is known of an exchange: its record, whether its body can be sent again, Retry-After."""
 
 from __future__ import annotations
 
 import email.utils
-import gzip
 import io
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -15,13 +14,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from layer_async._errors import AttemptInfo, MalformedResponseError
+from layer_async._errors import AttemptInfo
 from layer_async._exchange import (
     EXTENSION,
     ExchangeRecord,
-    bound_body,
     is_replayable,
-    read_bounded,
     retry_after,
 )
 
@@ -318,169 +315,3 @@ def test_whatever_a_server_says_is_a_wait_or_nothing(value: str) -> None:
     for date in (DATE, value):
         seconds = asked(value, date)
         assert seconds is None or seconds > 0
-
-
-# Reading under a bound
-
-
-class Body(httpx.AsyncByteStream):
-    """A body in pieces, which ends once it is closed, and tells how many pieces were taken of it.
-
-    A piece that is an exception is raised.
-    """
-
-    def __init__(self, *pieces: bytes | httpx.RequestError) -> None:
-        self.pieces = pieces
-        self.taken = 0
-        self.closed = False
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for piece in self.pieces:
-            if self.closed:
-                return
-            self.taken += 1
-            if isinstance(piece, httpx.RequestError):
-                raise piece
-            yield piece
-
-    async def aclose(self) -> None:
-        self.closed = True
-
-
-CUT = httpx.ReadError("cut")
-GZIP = {"Content-Encoding": "gzip"}
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("limit", [None, 6, 100])
-@pytest.mark.parametrize("truncate", [False, True])
-async def test_a_body_within_the_bound_is_read_whole_and_closed(limit: int | None, truncate: bool) -> None:
-    body = Body(b"abc", b"def")
-    response = httpx.Response(200, stream=body)
-    await read_bounded(response, limit, truncate=truncate)
-    assert response.content == b"abcdef"
-    assert response.text == "abcdef"
-    assert body.closed
-    assert response.is_closed
-
-
-@pytest.mark.anyio
-async def test_an_empty_body_is_within_every_bound() -> None:
-    response = httpx.Response(200, stream=Body())
-    await read_bounded(response, 0)
-    assert response.content == b""
-
-
-@pytest.mark.anyio
-async def test_a_longer_body_is_refused_before_the_rest_of_it_is_taken() -> None:
-    body = Body(*[b"abc"] * 100)
-    with pytest.raises(MalformedResponseError, match="max_response_bytes=5"):
-        await read_bounded(httpx.Response(200, stream=body), 5)
-    assert body.taken <= 3
-    assert body.closed
-
-
-@pytest.mark.anyio
-async def test_a_body_whose_last_piece_is_too_much_is_refused() -> None:
-    with pytest.raises(MalformedResponseError):
-        await read_bounded(httpx.Response(200, stream=Body(b"abcdef")), 5)
-
-
-class InMemory(Body):
-    """A body that does not end when it is closed, as those that mocking tools make."""
-
-    async def aclose(self) -> None:
-        """There is nothing to close."""
-
-
-@pytest.mark.anyio
-async def test_what_comes_of_a_body_that_was_closed_is_thrown_away() -> None:
-    response = httpx.Response(500, stream=InMemory(*[b"abc"] * 10))
-    await read_bounded(response, 5, truncate=True)
-    assert response.content == b"abcab"
-    with pytest.raises(MalformedResponseError):
-        await read_bounded(httpx.Response(200, stream=InMemory(*[b"abc"] * 10)), 5)
-
-
-@pytest.mark.anyio
-async def test_a_longer_body_that_is_only_to_be_shown_is_cut_at_the_bound() -> None:
-    body = Body(*[b"abc"] * 100)
-    response = httpx.Response(500, stream=body)
-    await read_bounded(response, 5, truncate=True)
-    assert response.content == b"abcab"
-    assert body.taken <= 3
-    assert body.closed
-
-
-@pytest.mark.anyio
-async def test_a_body_that_breaks_off_is_the_errors_or_kept_as_far_as_it_came_to_be_shown() -> None:
-    with pytest.raises(httpx.ReadError):
-        await read_bounded(httpx.Response(200, stream=Body(b"abc", CUT)), 100)
-    response = httpx.Response(500, stream=Body(b"abc", CUT))
-    await read_bounded(response, 100, truncate=True)
-    assert response.content == b"abc"
-
-
-@pytest.mark.anyio
-async def test_a_body_that_breaks_off_behind_the_bound_was_too_long_already() -> None:
-    with pytest.raises(MalformedResponseError):
-        await read_bounded(httpx.Response(200, stream=Body(b"abcdef", CUT)), 5)
-
-
-@pytest.mark.anyio
-async def test_the_bound_is_on_the_decoded_body() -> None:
-    small = gzip.compress(b"x" * 10_000)
-    with pytest.raises(MalformedResponseError):
-        await read_bounded(httpx.Response(200, headers=GZIP, stream=Body(small)), 9_999)
-    response = httpx.Response(200, headers=GZIP, stream=Body(small))
-    await read_bounded(response, 10_000)
-    assert response.content == b"x" * 10_000
-
-
-class Holding:
-    """A content decoder that gives out everything at the end."""
-
-    def __init__(self) -> None:
-        self.held = b""
-
-    def decode(self, data: bytes) -> bytes:
-        self.held += data
-        return b""
-
-    def flush(self) -> bytes:
-        return self.held
-
-
-@pytest.mark.anyio
-async def test_what_a_decoder_kept_until_the_end_counts_too() -> None:
-    response = httpx.Response(200, stream=Body(b"abc", b"def"))
-    response._decoder = Holding()  # type: ignore[assignment]
-    with pytest.raises(MalformedResponseError):
-        await read_bounded(response, 5)
-
-
-@pytest.mark.anyio
-async def test_a_body_that_was_already_read_is_held_to_the_bound_too() -> None:
-    response = httpx.Response(200, content=b"abcdef")
-    await read_bounded(response, None)
-    await read_bounded(response, 6)
-    await read_bounded(response, 5, truncate=True)
-    assert response.content == b"abcdef"
-    with pytest.raises(MalformedResponseError):
-        await read_bounded(response, 5)
-
-
-@pytest.mark.anyio
-async def test_who_streams_gets_as_much_as_the_bound_and_an_error_for_more() -> None:
-    response = httpx.Response(200, stream=Body(b"abc", b"def"))
-    bound_body(response, 6)
-    assert [chunk async for chunk in response.aiter_bytes()] == [b"abc", b"def"]
-
-    response = httpx.Response(200, stream=Body(b"abc", b"def", b"ghi"))
-    bound_body(response, 5)
-    stream = response.aiter_bytes()
-    assert await anext(stream) == b"abc"
-    assert await anext(stream) == b"de"
-    with pytest.raises(MalformedResponseError, match="max_response_bytes=5"):
-        await anext(stream)
-    await response.aclose()
