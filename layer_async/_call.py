@@ -373,7 +373,8 @@ class Call:
         try:
             if is_read:
                 assert lane is not None
-                response = await lane.exchange(request, record, corridor.identity.auth, self.settings.max_response_bytes)
+                auth, limit = corridor.identity.auth, self.settings.max_response_bytes
+                response = await lane.exchange(request, record, auth, limit)
             else:
                 response = await self._send(request)
             while corridor.follow_redirects and self._may_follow(response):

@@ -13,22 +13,28 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
+import sys
 import time
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import httpcore
 import httpx
 from httpx._exceptions import request_context
+from httpx._transports.default import map_httpcore_exceptions
 
 from ._auth import DualTokenAuth
-from ._errors import BODY_LIMIT
-from ._coding import read_bounded
+from ._coding import Decoder, decode_bounded, read_bounded
+from ._errors import BODY_LIMIT, MalformedResponseError
 from ._exchange import ExchangeRecord, QuietRequest
 from ._origin import Origin
 from ._seams import Seam
 from ._tokens import HeaderEntry
-from ._transport import HTTPClient, LayerTransport
+from ._transport import HTTPClient, LayerTransport, PoolAdapter, free, raise_if_revoked
+
+if TYPE_CHECKING:
+    from ._wire import Answer
 
 __all__ = ["Lane"]
 
@@ -66,6 +72,8 @@ class Lane:
         self._default_transport = http._transport
         transport = http._transport_for_url(httpx.URL(str(origin)))
         self._transport = transport if type(transport) is LayerTransport else None
+        url = httpx.URL(str(origin))
+        self._scheme, self._host, self._port = url.raw_scheme, url.raw_host, origin.port or 0
         self._seen: list[HeaderEntry] | None = None
         self._entries: list[HeaderEntry] = []
         self._is_plain = False
@@ -157,6 +165,10 @@ class Lane:
     async def _send(self, request: httpx.Request, record: ExchangeRecord, limit: int | None) -> httpx.Response:
         started = time.perf_counter()
         transport: Any = self._transport
+        if TRANSPORT_SEAM.is_untouched() and TRANSPORT_SEAM.name not in transport.__dict__:
+            adapter: PoolAdapter = transport._pool
+            if adapter.is_untouched and adapter.is_wired(self._scheme, request.extensions):
+                return await self._send_on_wire(adapter, request, record, limit, started)
         with request_context(request=request):
             response: httpx.Response = await transport.handle_async_request(request)
         response.request = request
@@ -171,6 +183,67 @@ class Lane:
             raise
         response.elapsed = datetime.timedelta(seconds=time.perf_counter() - started)
         return response
+
+    async def _send_on_wire(
+        self, adapter: PoolAdapter, request: httpx.Request, record: ExchangeRecord, limit: int | None, started: float
+    ) -> httpx.Response:
+        stream, extensions = request.stream, request.extensions
+        if not isinstance(stream, httpx.AsyncByteStream):
+            raise RuntimeError("Attempted to send an sync request with an AsyncClient instance.")
+        with request_context(request=request), map_httpcore_exceptions():
+            slot = await adapter.slot(record, extensions)
+            try:
+                connection = adapter.wired(slot, record, self._scheme, self._host, self._port, extensions)
+                answer = await connection.exchange(
+                    request.method.encode("ascii"),
+                    request.url.raw_path,
+                    request.headers.raw,
+                    b"".join(stream) if isinstance(stream, httpx.ByteStream) else stream,
+                    record,
+                    extensions["timeout"],
+                )
+                raw, content = await self._body(answer, limit)
+            except BaseException as exc:
+                free(slot, record)
+                raise_if_revoked(slot, exc)
+                raise
+        if connection.is_reusable():
+            slot.give_back()
+            record.slot = None
+        else:
+            free(slot, record)
+        elapsed = time.perf_counter() - started
+        encoding = self._http._default_encoding
+        return _response(request, answer, connection.network_stream, raw, content, encoding=encoding, elapsed=elapsed)
+
+    async def _body(self, answer: Answer, limit: int | None) -> tuple[bytes, bytes]:
+        """The body of `answer`, as it came and decoded; see `read_bounded`."""
+        truncate = answer.status >= 400
+        bound = BODY_LIMIT if truncate else sys.maxsize if limit is None else limit
+        codings = b",".join([value for name, value in answer.headers if name.lower() == b"content-encoding"])
+        raw = answer.body
+        if raw is not None:
+            if not codings and len(raw) <= bound:
+                return raw, raw
+            return raw, decode_bounded(raw, codings.decode("ascii"), bound, truncate=truncate)
+        decoder = Decoder(codings.decode("ascii"), bound)
+        came: list[bytes] = []
+        parts: list[bytes] = []
+        try:
+            while piece := await answer.read():
+                came.append(piece)
+                parts.extend(decoder.feed(piece))
+            decoder.finish()
+        except (
+            httpcore.NetworkError,
+            httpcore.TimeoutException,
+            httpcore.ProtocolError,
+            httpx.DecodingError,
+            MalformedResponseError,
+        ):
+            if not truncate:
+                raise
+        return b"".join(came), b"".join(parts)
 
 
 def _headers(entries: list[HeaderEntry]) -> httpx.Headers:
@@ -197,7 +270,14 @@ def _request(
 
 
 def _response(
-    request: httpx.Request, answer: Any, raw: bytes, content: bytes, *, encoding: Any, elapsed: float
+    request: httpx.Request,
+    answer: Any,
+    network_stream: Any,
+    raw: bytes,
+    content: bytes,
+    *,
+    encoding: Any,
+    elapsed: float,
 ) -> httpx.Response:
     """What httpx makes of an answer that has been read."""
     response = httpx.Response.__new__(httpx.Response)
@@ -206,7 +286,11 @@ def _response(
         headers=_headers([(name, name.lower(), value) for name, value in answer.headers]),
         _request=request,
         next_request=None,
-        extensions=answer.extensions,
+        extensions={
+            "http_version": answer.http_version,
+            "reason_phrase": answer.reason,
+            "network_stream": network_stream,
+        },
         history=[],
         is_closed=True,
         is_stream_consumed=True,
@@ -226,7 +310,7 @@ def fits() -> bool:
     response = httpx.Response(200, content=b"", request=request)
     response.elapsed = datetime.timedelta()
     ours = _request("GET", request.url, [], b"", {})
-    answer = types.SimpleNamespace(status=200, headers=[], extensions={})
-    read = _response(ours, answer, b"", b"", encoding="utf-8", elapsed=0.0)
+    answer = types.SimpleNamespace(status=200, headers=[], http_version=b"", reason=b"")
+    read = _response(ours, answer, None, b"", b"", encoding="utf-8", elapsed=0.0)
     # A decoder is made when one is asked for.
     return vars(request).keys() == vars(ours).keys() and vars(response).keys() - {"_decoder"} == vars(read).keys()

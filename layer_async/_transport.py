@@ -16,7 +16,7 @@ import os
 import ssl
 import sys
 import types
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import httpcore
@@ -27,11 +27,12 @@ from ._errors import ClientClosedError, ConfigurationError
 from ._exchange import ExchangeRecord
 from ._pool import ConnectionPool, Slot, SlotTimeout
 from ._portable import PortableConnection
+from ._seams import Seam
 
 if TYPE_CHECKING:
     from ._wire import Proxy, WireConnection
 
-__all__ = ["HTTPClient", "LayerTransport"]
+__all__ = ["HTTPClient", "LayerTransport", "PoolAdapter", "free", "raise_if_revoked"]
 
 LIMITS = httpx.Limits(max_connections=100, keepalive_expiry=30.0)
 SCHEMES = {b"http": 80, b"https": 443, b"ws": 80, b"wss": 443}
@@ -128,13 +129,13 @@ class LayerTransport(httpx.AsyncHTTPTransport):
         if proxy is not None:
             proxy = checked_proxy(proxy, context)
         super().__init__(verify=context, trust_env=trust_env, limits=limits, proxy=proxy)
-        self._pool: Any = _PoolAdapter(self._pool, self.pool, proxy, context)
+        self._pool: Any = PoolAdapter(self._pool, self.pool, proxy, context)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.pool!r}>"
 
 
-class _PoolAdapter:
+class PoolAdapter:
     """Stands where `httpx.AsyncHTTPTransport` keeps httpcore's pool; that one, `factory`, only makes connections."""
 
     def __init__(self, factory: Any, pool: ConnectionPool, proxy: httpx.Proxy | None, context: ssl.SSLContext) -> None:
@@ -146,7 +147,7 @@ class _PoolAdapter:
         # SOCKS is httpcore's affair.
         self._can_be_wired = proxy is None or proxy.url.scheme in ("http", "https")
 
-    async def __aenter__(self) -> _PoolAdapter:
+    async def __aenter__(self) -> PoolAdapter:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -170,64 +171,80 @@ class _PoolAdapter:
         """Send `request` on a slot of the pool."""
         if request.url.scheme not in SCHEMES:
             raise httpcore.UnsupportedProtocol("the URL is neither http:// nor https://")
-        record = ExchangeRecord.of(request)
-        slot = await self._slot(request, record)
+        record, url = ExchangeRecord.of(request), request.url
+        slot = await self.slot(record, request.extensions)
         try:
-            connection = self._connection(slot, request, record)
-            response = await connection.handle(request, record)
+            port = url.port or SCHEMES[url.scheme]
+            if self.is_wired(url.scheme, request.extensions):
+                answer = self.wired(slot, record, url.scheme, url.host, port, request.extensions)
+                response = await answer.handle(request, record)
+                response.stream = _AnswerStream(response.stream, answer, slot, record)
+            else:
+                connection = self._portable(slot, record, url, port, request.extensions)
+                response = await connection.handle(request, record)
+                response.stream = _ResponseStream(response.stream, connection, slot, record)
         except BaseException as exc:
-            _free(slot, record)
-            _raise_if_revoked(slot, exc)
+            free(slot, record)
+            raise_if_revoked(slot, exc)
             raise
-        if isinstance(connection, PortableConnection):
-            response.stream = _ResponseStream(response.stream, connection, slot, record)
-        else:
-            response.stream = _AnswerStream(response.stream, connection, slot, record)
         return response
 
-    async def _slot(self, request: httpcore.Request, record: ExchangeRecord) -> Slot:
-        """The slot that the caller holds already, else the next one."""
+    async def slot(self, record: ExchangeRecord, extensions: Mapping[str, Any]) -> Slot:
+        """The slot that the caller holds already, else the next one. Raises `httpcore.PoolTimeout`."""
         slot = record.slot
         if isinstance(slot, Slot) and slot.is_free_for(self._pool):
             return slot
         record.bytes_written, record.response_started, record.head_received, record.reused = 0, False, False, False
         phase, record.phase = record.phase, "queue"
         try:
-            slot = await self._pool.acquire(request.extensions.get("timeout", {}).get("pool"))
+            slot = await self._pool.acquire(extensions.get("timeout", {}).get("pool"))
         except SlotTimeout as exc:
             raise httpcore.PoolTimeout(str(exc)) from exc
         record.slot, record.phase = slot, phase
         return slot
 
-    def _connection(
-        self, slot: Slot, request: httpcore.Request, record: ExchangeRecord
-    ) -> PortableConnection | WireConnection:
-        url = request.url
-        server_name: Any = request.extensions.get("sni_hostname")
-        record.begin_attempt()
-        port = url.port or SCHEMES[url.scheme]
-        is_wired = self._can_be_wired and self._is_wired(request)
+    # Connections differ by their kind, the transport that made them (its TLS, its proxy), and the name that was
+    # verified: all that is in their route.
 
-        def connect() -> PortableConnection | WireConnection:
-            if is_wired:
-                return self._wire(url.scheme, url.host.decode("ascii"), port, server_name)
+    def wired(
+        self, slot: Slot, record: ExchangeRecord, scheme: bytes, host: bytes, port: int, extensions: Mapping[str, Any]
+    ) -> WireConnection:
+        """A connection of our own making, on `slot`; only where `is_wired`."""
+        name: str | None = extensions.get("sni_hostname")
+        record.begin_attempt()
+
+        def connect() -> WireConnection:
+            return self._wire(scheme, host.decode("ascii"), port, name)
+
+        return slot.take((self, scheme, host, port, name), connect, fresh=record.fresh)
+
+    def _portable(
+        self, slot: Slot, record: ExchangeRecord, url: httpcore.URL, port: int, extensions: Mapping[str, Any]
+    ) -> PortableConnection:
+        name = extensions.get("sni_hostname")
+        record.begin_attempt()
+
+        def connect() -> PortableConnection:
             layers = self._proxy_layers + (url.scheme in (b"https", b"wss"))
             return PortableConnection(self._factory, url.origin, tls_layers=layers)
 
-        # Connections differ by their kind, the transport that made them (its TLS, its proxy), and the name that was
-        # verified.
-        route = (is_wired, self, url.scheme, url.host, port, server_name)
-        return slot.take(route, connect, fresh=record.fresh)
+        return slot.take((None, self, url.scheme, url.host, port, name), connect, fresh=record.fresh)
 
-    def _is_wired(self, request: httpcore.Request) -> bool:
+    def is_wired(self, scheme: bytes, extensions: Mapping[str, Any]) -> bool:
         """Whether nothing is lost by a connection of our own making: on asyncio, where no tool looks at httpcore's."""
         return (
-            "asyncio" in sys.modules
-            and request.url.scheme in (b"http", b"https")
-            and "trace" not in request.extensions
-            and _are_seams_untouched()
+            self._can_be_wired
+            and "asyncio" in sys.modules
+            and scheme in WIRED_SCHEMES
+            and "trace" not in extensions
+            and all(seam.is_untouched() for seam in STEPPED_OVER)
             and _wire_room().is_on_asyncio()
         )
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether a request may be sent here without asking httpcore's own pool, since no tool has put itself there."""
+        return _is_untouched(type(self._factory).handle_async_request) and "handle_async_request" not in self.__dict__
 
     def _wire(self, scheme: bytes, host: str, port: int, server_name: str | None) -> WireConnection:
         connection: WireConnection = _wire_room().WireConnection(
@@ -259,30 +276,23 @@ def _wire_room() -> Any:
     return _wire
 
 
+WIRED_SCHEMES = (b"http", b"https")
 # What connections of ours step over: where a tool has put its own function, httpcore's are made.
-_STEPPED_OVER: tuple[tuple[Any, str], ...] = (
-    (httpcore.AsyncHTTPConnection, "handle_async_request"),
-    (httpcore.AsyncHTTP11Connection, "handle_async_request"),
-    (httpcore.AsyncConnectionPool, "create_connection"),
-    (httpcore.AsyncHTTPProxy, "create_connection"),
+STEPPED_OVER = (
+    Seam(httpcore.AsyncHTTPConnection, "handle_async_request"),
+    Seam(httpcore.AsyncHTTP11Connection, "handle_async_request"),
+    Seam(httpcore.AsyncConnectionPool, "create_connection"),
+    Seam(httpcore.AsyncHTTPProxy, "create_connection"),
 )
 
 
-def _are_seams_untouched() -> bool:
-    for owner, name in _STEPPED_OVER:
-        function = getattr(owner, name)
-        if type(function) is not types.FunctionType or not function.__code__.co_filename.startswith(_HTTPCORE):
-            return False
-    return True
-
-
-def _free(slot: Slot, record: ExchangeRecord) -> None:
+def free(slot: Slot, record: ExchangeRecord) -> None:
     slot.release()
     if record.slot is slot:
         record.slot = None
 
 
-def _raise_if_revoked(slot: Slot, error: BaseException) -> None:
+def raise_if_revoked(slot: Slot, error: BaseException) -> None:
     """A connection error is the closing of the pool, where that took the slot."""
     if slot.is_revoked and isinstance(error, Exception):
         raise ClientClosedError("the client was closed during the call.") from error
@@ -295,11 +305,10 @@ def _is_untouched(function: object) -> bool:
     return function.__code__.co_filename == _UNTOUCHED_FILE
 
 
-_HTTPCORE = os.path.dirname(os.path.abspath(httpcore.__file__)) + os.sep
 _UNTOUCHED_FILE = httpcore.AsyncConnectionPool.create_connection.__code__.co_filename
 
 
-def _stand_in(factory: Any, adapter: _PoolAdapter) -> Any:
+def _stand_in(factory: Any, adapter: PoolAdapter) -> Any:
     """A pool of httpcore's own class with one connection: our pool. A tool's function is called on it, as on any."""
     options: dict[str, Any] = {"max_connections": 1, "max_keepalive_connections": 0}
     if isinstance(factory, httpcore.AsyncHTTPProxy | httpcore.AsyncSOCKSProxy):
@@ -312,7 +321,7 @@ def _stand_in(factory: Any, adapter: _PoolAdapter) -> Any:
 class _AdapterConnection(httpcore.AsyncConnectionInterface):
     """Our pool, as httpcore's own pool sees a connection: it takes one request, and then it is gone."""
 
-    def __init__(self, adapter: _PoolAdapter, origin: httpcore.Origin) -> None:
+    def __init__(self, adapter: PoolAdapter, origin: httpcore.Origin) -> None:
         self._adapter = adapter
         self._origin = origin
 
@@ -374,8 +383,8 @@ class _ResponseStream:
             self._is_complete = True
             raise
         except BaseException as exc:
-            _free(self._slot, self._record)
-            _raise_if_revoked(self._slot, exc)
+            free(self._slot, self._record)
+            raise_if_revoked(self._slot, exc)
             raise
         finally:
             self._is_reading = False
@@ -387,14 +396,14 @@ class _ResponseStream:
             return
         self._is_closed = True
         if not self._is_complete:
-            _free(self._slot, self._record)  # first of all, before anything is awaited
+            free(self._slot, self._record)  # first of all, before anything is awaited
             await self._run_out()
         try:
             await self._stream.aclose()
             if self._connection.is_reusable():  # never so when it was closed above
                 self._slot.give_back()
         finally:
-            _free(self._slot, self._record)
+            free(self._slot, self._record)
             self._stream = self._iterator = None
 
     async def _run_out(self) -> None:
@@ -435,8 +444,8 @@ class _AnswerStream:
         except StopAsyncIteration:
             raise
         except BaseException as exc:
-            _free(self._slot, self._record)
-            _raise_if_revoked(self._slot, exc)
+            free(self._slot, self._record)
+            raise_if_revoked(self._slot, exc)
             raise
         return part
 
@@ -446,7 +455,7 @@ class _AnswerStream:
             self._is_closed = True
             if self._connection.is_reusable():
                 self._slot.give_back()
-            _free(self._slot, self._record)
+            free(self._slot, self._record)
             self._answer = None
 
 

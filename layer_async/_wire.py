@@ -445,6 +445,11 @@ class WireConnection:
             raise
         return answer
 
+    @property
+    def network_stream(self) -> NetworkStream:
+        """What httpx's extension of that name shows of this connection."""
+        return NetworkStream(self)
+
     async def handle(self, request: httpcore.Request, record: ExchangeRecord) -> httpcore.Response:
         """The same for httpcore's objects: the stream of the response is an `Answer`."""
         stream: Any = request.stream
@@ -462,7 +467,7 @@ class WireConnection:
         response.extensions = {
             "http_version": answer.http_version,
             "reason_phrase": answer.reason,
-            "network_stream": NetworkStream(self),
+            "network_stream": self.network_stream,
         }
         return response
 
