@@ -384,7 +384,7 @@ class WireConnection:
         record.bytes_written = 0
         record.response_started = record.head_received = False
         record.reused = self._has_served
-        # Tools show the local variables of the frames that an error passes: none holds a header or a query then.
+        # Tools show the local variables of the frames that an error passes: none holds a header, query or body then.
         if self.prefix:
             assert self.proxy is not None
             made = request_head(method, self.prefix + target, merged(self.proxy.fields, headers))
@@ -405,24 +405,27 @@ class WireConnection:
             self._has_no_body = method == b"HEAD"
             self._record = record
             record.phase = "write"
+            del made
             if isinstance(body, bytes):
                 if length == _CHUNKS:
                     body = _chunk(body) + b"0\r\n\r\n" if body else b"0\r\n\r\n"
                 elif length != len(body):
-                    raise httpcore.LocalProtocolError(f"the body has {len(body)} bytes, Content-Length says {length}")
+                    size, body = len(body), b""
+                    raise httpcore.LocalProtocolError(f"the body has {size} bytes, Content-Length says {length}")
                 if len(body) < SLICE:
                     self._push(head + body if body else head)
-                    del head, made
+                    del head, body
                     if self._outbox:
                         await self._drain(timeout.get("write"))
                     self._is_sent = not (self._is_write_broken or self._outbox)
                 else:
                     self._push(head)
-                    del head, made
-                    await self._send_bytes(body, timeout.get("write"))
+                    view = memoryview(body)
+                    del head, body
+                    await self._send_bytes(view, timeout.get("write"))
             else:
                 self._push(head)
-                del head, made
+                del head
                 await self._send_stream(body, length, timeout.get("write"))
             record.phase = "read"
             read_timeout = timeout.get("read")
@@ -653,15 +656,19 @@ class WireConnection:
 
     # Sending
 
-    async def _send_bytes(self, body: bytes, timeout: float | None) -> None:
-        """Send a large `body`, slice by slice."""
-        view = memoryview(body)
-        for count, start in enumerate(range(0, len(body), SLICE)):
-            if not await self._send(view[start : start + SLICE], timeout):
+    async def _send_bytes(self, view: memoryview, timeout: float | None) -> None:
+        """Send a large body, slice by slice."""
+        if self._outbox:
+            await self._drain(timeout)
+        for count, start in enumerate(range(0, len(view), SLICE)):
+            if self._is_refused():
                 return
-            if count % FAIR_SHARE == FAIR_SHARE - 1:
+            self._push(view[start : start + SLICE])
+            if self._outbox:
+                await self._drain(timeout)
+            elif count % FAIR_SHARE == FAIR_SHARE - 1:
                 await asyncio.sleep(0)
-        self._is_sent = not self._is_write_broken
+        self._is_sent = not (self._is_refused() or self._outbox)
 
     async def _send_stream(self, body: AsyncIterable[bytes], length: int, timeout: float | None) -> None:
         """Send `body` as it comes; what makes it is closed if it is not wanted to its end."""
@@ -673,23 +680,29 @@ class WireConnection:
                 await self._drain(timeout)
             while not self._is_refused():
                 try:
-                    piece = await iterator.__anext__()
+                    view = memoryview(await iterator.__anext__())
                 except StopAsyncIteration:
                     is_at_end = True
                     break
                 if length != _CHUNKS:
-                    left -= len(piece)
+                    left -= len(view)
                     if left < 0:
                         raise httpcore.LocalProtocolError("the body is longer than Content-Length says")
-                for start in range(0, len(piece), SLICE):
-                    part = piece if len(piece) <= SLICE else piece[start : start + SLICE]
-                    await self._send(_chunk(part) if length == _CHUNKS else part, timeout)
+                for start in range(0, len(view), SLICE):
+                    if self._is_refused():
+                        break
+                    part = view[start : start + SLICE]
+                    self._push(_chunk(part) if length == _CHUNKS else part)
                     count += 1
-                    if count % FAIR_SHARE == 0:
+                    if self._outbox:
+                        await self._drain(timeout)
+                    elif count % FAIR_SHARE == 0:
                         await asyncio.sleep(0)
-            if is_at_end:
+            if is_at_end and not self._is_refused():
                 if length == _CHUNKS:
-                    await self._send(b"0\r\n\r\n", timeout)
+                    self._push(b"0\r\n\r\n")
+                    if self._outbox:
+                        await self._drain(timeout)
                 elif left:
                     raise httpcore.LocalProtocolError("the body is shorter than Content-Length says")
                 self._is_sent = not (self._is_refused() or self._outbox)
@@ -699,17 +712,6 @@ class WireConnection:
         finally:
             if not is_at_end and hasattr(iterator, "aclose"):
                 await iterator.aclose()
-
-    async def _send(self, data: bytes | memoryview, timeout: float | None) -> bool:
-        """Send `data`; False when the server wants no more."""
-        if self._outbox:
-            await self._drain(timeout)
-        if self._is_refused():
-            return False
-        self._push(data)
-        if self._outbox:
-            await self._drain(timeout)
-        return not self._is_refused()
 
     def _is_refused(self) -> bool:
         """Whether sending on makes no sense: the server has refused the request, or cannot be written to."""
@@ -845,22 +847,18 @@ class WireConnection:
             return
         try:
             data = sock.recv(RECEIVE)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as exc:
-            self._fail(httpcore.ReadError, exc, cause=exc)
-            return
-        tls = self._tls
-        try:
+            tls = self._tls
             if not data:
                 self._end(is_cut=tls is not None)
             elif tls is None:
                 self._feed(data)
             else:
                 self._decrypt(tls, data)
+        except (BlockingIOError, InterruptedError):
+            return
         except httpcore.RemoteProtocolError as exc:
             self._fail(httpcore.RemoteProtocolError, exc)
-        except ssl.SSLError as exc:
+        except OSError as exc:  # so are TLS's own
             self._fail(httpcore.ReadError, exc, cause=exc)
         if self._waiter is not None:
             self._wake_if_ready()
@@ -1237,8 +1235,8 @@ def _announced(kind: int, value: bytes) -> int | None:
     return int(value) if value.isdigit() and len(value) < 19 else None
 
 
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
+def _chunk(data: bytes | memoryview) -> bytes:
+    return b"".join((b"%x\r\n" % len(data), data, b"\r\n"))
 
 
 def is_on_asyncio() -> bool:
