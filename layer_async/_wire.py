@@ -1,18 +1,11 @@
-"""One HTTP/1.1 connection on asyncio, written for speed and for hostile servers. It knows no pool.
+"""One HTTP/1.1 connection on asyncio, written for speed and for hostile servers. It knows no pool; `_framing` reads.
 
 Invariants, which hypothesis tests hold: a response is the same however its bytes were split on the way; whatever bytes
 come, there is an answer or one of httpcore's errors. What one request got never answers another: a connection serves
 again only after a whole request and a whole answer with nothing behind it, and an answer reads from its own exchange
-only. `close` is synchronous: the descriptor is gone from the event loop and closed when it returns, and who waited for
+only. `close` is synchronous: when it returns, the descriptor is out of the event loop and closed, and who waited for
 it wakes up. Nothing outlives the connection or keeps it alive: the loop holds weak references. Work per event is
-bounded: 64 KiB are read, then others have their turn.
-
-Framing is decided here (RFC 9112 section 6.3); llhttp, strict, parses heads and chunks. An error, and never a guess,
-are: Transfer-Encoding beside Content-Length, in HTTP/1.0 or other than `chunked` alone; a Content-Length twice, as a
-list or as anything but digits; obs-fold (section 5.2 lets it be read as a space; who sends it is not trusted to frame);
-bare LF, whitespace before a colon, control characters; any version but 1.0 and 1.1; 101, which nobody asked for here;
-too many interim answers, fields or bytes (the constants below). To HEAD, and with 204 and 304, there is no body
-whatever the fields say. Anything behind an answer's end closes the connection. Trailers are checked and dropped.
+bounded: 64 KiB are read, then others have their turn. No frame that an error passes holds a header, query or body.
 """
 
 from __future__ import annotations
@@ -21,7 +14,6 @@ import asyncio
 import contextlib
 import contextvars
 import os
-import re
 import select
 import socket
 import ssl
@@ -32,27 +24,21 @@ from typing import Any
 
 import anyio
 import httpcore
-import httptools
 import httpx
 
 from ._exchange import ExchangeRecord
+from ._framing import CHUNKS, HEAD, IDLE, LENGTH, RAW, AnswerReader, Field, chunk, framed, merged, request_head
 from ._sockets import SocketStream, Wire
 
 RECEIVE = 64 * 1024
 RECORD = 16 * 1024  # what a TLS record holds at the most (RFC 8446 section 5.1)
 SLICE = 64 * 1024  # of a body that goes out
 HIGH_WATER = 256 * 1024  # of a body that nobody reads, then the server has to wait
-HEAD_BYTES = 100 * 1024  # of a head and the interim ones before it, or of trailers and chunk extensions in a row
-HEAD_FIELDS = 1000
-INTERIM_ANSWERS = 64
 FAIR_SHARE = 16  # so many slices go out without waiting before others have their turn
 
-# What is expected of the bytes that come
-IDLE, RAW, HEAD, LENGTH, CHUNKED, UNTIL_END = range(6)
 # What the task that drives the exchange waits for
 ANSWER, BODY, DRAINED = range(3)
 
-Field = tuple[bytes, bytes]
 Failure = tuple[type[Exception], str, BaseException | None]
 
 
@@ -92,7 +78,7 @@ class Answer:
         self._serial = connection._serial
         self._timeout = timeout
         self._is_given = False
-        head = connection._head
+        head = connection._reader.head
         self.status = head.status
         self.reason = head.reason
         self.http_version = head.version
@@ -148,72 +134,6 @@ class NetworkStream(httpcore.AsyncNetworkStream):
         self._connection.close()
 
 
-class _Head:
-    """What llhttp found in the head that comes, or came last."""
-
-    __slots__ = (
-        "begun",
-        "coding",
-        "connection",
-        "ends_at",
-        "fields",
-        "is_complete",
-        "length",
-        "on_body",
-        "pieces",
-        "reason",
-        "status",
-        "version",
-    )
-
-    def __init__(self) -> None:
-        self.clear([])
-
-    def clear(self, pieces: list[bytes]) -> None:
-        self.fields: list[Field] = []
-        self.status = 0
-        self.version = self.reason = b""
-        self.is_complete = False
-        self.begun = 0
-        self.ends_at = -1  # how many pieces there were when the message ended
-        self.length: bytes | None = None
-        self.coding: bytes | None = None
-        self.connection = b""
-        self.pieces = pieces
-        self.on_body = pieces.append  # chunks pass no Python on their way
-
-    def on_message_begin(self) -> None:
-        self.begun += 1
-
-    def on_status(self, part: bytes) -> None:
-        if not self.is_complete:  # else it is what came behind the message
-            self.reason += part
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self.is_complete:  # a trailer, or behind the message
-            return
-        value = value.strip(b" \t")
-        self.fields.append((name, value))
-        if len(name) in _FRAMING_LENGTHS:
-            lower = name.lower()
-            if lower == b"content-length":
-                self.length = value
-            elif lower == b"transfer-encoding":
-                self.coding = value if self.coding is None else self.coding + b"," + value
-            elif lower == b"connection":
-                self.connection += value.lower() + b","
-
-    def on_headers_complete(self) -> None:
-        self.is_complete = True
-
-    def on_message_complete(self) -> None:
-        if self.ends_at < 0:
-            self.ends_at = len(self.pieces)
-
-
-_FRAMING_LENGTHS = frozenset(map(len, (b"content-length", b"transfer-encoding", b"connection")))
-
-
 class _TLS:
     """TLS in memory. The buffers stay small: what is longer than a record goes through in slices."""
 
@@ -265,41 +185,29 @@ class WireConnection:
         "_expires",
         "_failure",
         "_fd",
-        "_has_no_body",
         "_has_served",
-        "_head",
-        "_head_bytes",
-        "_interim",
-        "_is_answered",
+        "_held",
         "_is_closed",
-        "_is_dirty",
-        "_is_draining",
         "_is_paused",
         "_is_sent",
         "_is_write_broken",
-        "_keeps_alive",
-        "_left",
         "_loop",
         "_lower",
         "_outbox",
-        "_overhead",
-        "_parser",
         "_pid",
-        "_pieces",
         "_poll",
+        "_reader",
         "_record",
         "_ref",
         "_serial",
         "_sock",
-        "_stage",
-        "_tail",
         "_timeout",
         "_timer",
         "_tls",
         "_uncounted",
-        "_unread",
         "_waiter",
         "_wants",
+        "_wants_close",
         "host",
         "port",
         "prefix",
@@ -343,26 +251,11 @@ class WireConnection:
         self._uncounted = 0
         self._record: ExchangeRecord | None = None
         self._serial = 0
-        self._is_closed = self._is_dirty = self._is_draining = self._is_paused = self._has_served = False
-        self._head = _Head()
-        self._parser = httptools.HttpResponseParser(self._head)
-        self._reset(IDLE)
-
-    def _reset(self, stage: int) -> None:
-        self._stage = stage
-        self._pieces: list[bytes] = []
-        self._unread = 0
-        self._left = self._overhead = self._head_bytes = self._interim = 0
-        self._tail = b""
+        self._is_closed = self._is_paused = self._has_served = False
+        self._is_sent = self._is_write_broken = self._wants_close = False
+        self._reader = AnswerReader()
         self._failure: Failure | None = None
-        self._is_answered = False  # the head of the final answer is there
-        self._is_sent = self._is_write_broken = self._keeps_alive = self._has_no_body = False
-        self._begin_head()
-
-    def _begin_head(self) -> None:
-        self._head.clear(self._pieces)
-        # On the same parser: that costs a third of a new one.
-        self._parser.__init__(self._head)  # type: ignore[misc]
+        self._held: Any = None  # a request, while it waits for the connection
 
     # For who drives an exchange
 
@@ -384,62 +277,67 @@ class WireConnection:
         record.bytes_written = 0
         record.response_started = record.head_received = False
         record.reused = self._has_served
-        # Tools show the local variables of the frames that an error passes: none holds a header or a query then.
         if self.prefix:
             assert self.proxy is not None
             made = request_head(method, self.prefix + target, merged(self.proxy.fields, headers))
         else:
             made = request_head(method, target, headers)
+        if not isinstance(made, str) and isinstance(body, bytes):
+            made = framed(made, body)
+            body = b""
+        # Tools show the local variables of the frames that an error passes: none holds a header, query or body then.
         del target, headers
         try:
             if isinstance(made, str):
                 raise httpcore.LocalProtocolError(made)
             if self._sock is None:
+                self._held, made = made, ""
                 await self._open(record, timeout.get("connect"))
-            elif self._stage != IDLE or self._waiter is not None:
+                made, self._held = self._held, None
+                assert made is not None
+            elif self._reader.stage != IDLE or self._waiter is not None:
                 raise RuntimeError("a connection serves one exchange at a time")
-            head, length, keeps_alive = made
+            head, whole, length, keeps_alive = made
+            del made
             self._serial += 1
-            self._reset(HEAD)
-            self._keeps_alive = keeps_alive
-            self._has_no_body = method == b"HEAD"
+            reader = self._reader
+            reader.begin(HEAD, has_no_body=method == b"HEAD")
+            self._is_sent = self._is_write_broken = False
+            self._failure = None
+            self._wants_close = not keeps_alive
             self._record = record
             record.phase = "write"
-            if isinstance(body, bytes):
-                if length == _CHUNKS:
-                    body = _chunk(body) + b"0\r\n\r\n" if body else b"0\r\n\r\n"
-                elif length != len(body):
-                    raise httpcore.LocalProtocolError(f"the body has {len(body)} bytes, Content-Length says {length}")
-                if len(body) < SLICE:
-                    self._push(head + body if body else head)
-                    del head, made
-                    if self._outbox:
-                        await self._drain(timeout.get("write"))
-                    self._is_sent = not (self._is_write_broken or self._outbox)
-                else:
-                    self._push(head)
-                    del head, made
-                    await self._send_bytes(body, timeout.get("write"))
+            if not isinstance(body, bytes):
+                self._push(head)
+                del head
+                await self._send_stream(body, length, timeout.get("write"))
+            elif len(whole) < SLICE:
+                self._push(head + whole if whole else head)
+                del head, whole
+                if self._outbox:
+                    await self._drain(timeout.get("write"))
+                self._is_sent = not (self._is_write_broken or self._outbox)
             else:
                 self._push(head)
-                del head, made
-                await self._send_stream(body, length, timeout.get("write"))
+                view = memoryview(whole)
+                del head, whole
+                await self._send_bytes(view, timeout.get("write"))
             record.phase = "read"
             read_timeout = timeout.get("read")
-            while not self._is_answered:
+            while not reader.is_answered:
                 if self._failure is not None:
                     raise self._error()
                 await self._wait(ANSWER, read_timeout)
-            if self._stage >= LENGTH:
+            if reader.stage >= LENGTH:
                 self._on_readable()  # the rest may have come meanwhile
             self._record = None
             self._has_served = True
             answer = Answer(self, read_timeout)
-            if self._stage == IDLE and self._failure is None:
-                pieces = self._pieces
-                answer.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if reader.stage == IDLE and self._failure is None:
+                answer.body = reader.take()
                 answer._connection = None
-                self._take()
+                if self._is_paused:
+                    self._go_on()
         except BaseException:
             self.close()
             raise
@@ -475,12 +373,13 @@ class WireConnection:
 
     def is_reusable(self) -> bool:
         """Whether it can serve again after an answer that was read to its end."""
+        reader = self._reader
         return (
-            self._stage == IDLE
-            and self._has_served
-            and self._keeps_alive
+            reader.stage == IDLE
+            and reader.keeps_alive
             and self._is_sent
-            and not (self._is_dirty or self._is_closed or self._unread or self._outbox)
+            and self._has_served
+            and not (reader.is_followed or reader.unread or self._wants_close or self._is_closed or self._outbox)
         )
 
     def is_alive(self) -> bool:
@@ -489,11 +388,11 @@ class WireConnection:
         The loop tells as it happens; but what came since its last turn would be found out too late (a POST that was
         written to a closed connection is not sent again), so the socket is asked, at less than 1 µs.
         """
-        if self._sock is None or self._is_dirty:
+        if self._sock is None or self._reader.is_followed:
             return False
         if self._poll.poll(0):
             self._on_readable()
-        return not (self._is_closed or self._is_dirty)
+        return not (self._is_closed or self._reader.is_followed)
 
     def close(self) -> None:
         """Close its socket now, and wake up whoever waits for it."""
@@ -510,7 +409,7 @@ class WireConnection:
             self._loop.remove_reader(self._fd)
             self._loop.remove_writer(self._fd)
             sock.close()
-        if self._failure is None and self._stage != IDLE:
+        if self._failure is None and self._reader.stage != IDLE:
             self._failure = httpcore.ReadError, "closed on this side", None
         self._let_go()
         self._wake()
@@ -529,7 +428,7 @@ class WireConnection:
     def _let_go(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._tls = self._lower = self._dialer = self._record = None
+        self._timer = self._tls = self._lower = self._dialer = self._record = self._held = None
         self._outbox = b""
 
     def __del__(self) -> None:
@@ -546,7 +445,7 @@ class WireConnection:
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "not open" if self._sock is None else "open"
-        doing = "idle" if self._stage == IDLE else "busy"
+        doing = "idle" if self._reader.stage == IDLE else "busy"
         return f"<WireConnection {_authority(self.host, self.port)} [{state}, {doing}, exchange {self._serial}]>"
 
     def _extra_info(self, info: str) -> Any:
@@ -592,11 +491,9 @@ class WireConnection:
     async def _secure(self, context: ssl.SSLContext, server_hostname: str, timeout: float | None) -> None:
         """Put TLS upon what there is."""
         context.set_alpn_protocols(["http/1.1"])  # as httpcore does
-        early = b"".join(self._pieces)
-        self._reset(RAW)
+        self._reader.begin(RAW)
         try:
             tls = _TLS(context, server_hostname)
-            tls.incoming.write(early)
             with anyio.fail_after(timeout):
                 while True:
                     try:
@@ -617,20 +514,19 @@ class WireConnection:
         except (ssl.SSLError, ValueError) as exc:  # a name that no certificate can have is a ValueError
             raise httpcore.ConnectError(str(exc)) from exc
         self._push(tls.outgoing.read())
-        self._reset(IDLE)
+        self._reader.begin(IDLE)
         self._lower, self._tls = self._tls, tls
 
     async def _receive(self) -> bytes:
         """What came, before there is any HTTP; no bytes at the end."""
-        while not self._pieces:
+        reader = self._reader
+        while not reader.pieces:
             if self._failure is not None:
                 raise self._error()
-            if self._stage == IDLE:
+            if reader.stage == IDLE:
                 return b""
             await self._wait(BODY, None)
-        data = b"".join(self._pieces)
-        self._take()
-        return data
+        return reader.take()
 
     async def _tunnel(self, proxy: Proxy, timeout: float | None) -> None:
         """Ask the proxy for a tunnel (RFC 9110 section 9.3.6)."""
@@ -638,35 +534,39 @@ class WireConnection:
         made = request_head(b"CONNECT", authority, merged([(b"Host", authority), (b"Accept", b"*/*")], proxy.fields))
         if isinstance(made, str):
             raise httpcore.LocalProtocolError(made)
-        self._reset(HEAD)
-        self._has_no_body = True  # whatever it says of a body, bytes behind the head are the tunnel's
+        reader = self._reader
+        reader.begin(HEAD, has_no_body=True)
         try:
             self._push(made[0])
             del made
             with anyio.fail_after(timeout):
-                while not self._is_answered:
+                while not reader.is_answered:
                     if self._failure is not None:
                         raise self._error()
                     await self._wait(ANSWER, None)
         except TimeoutError:
             raise httpcore.ConnectTimeout("the proxy did not answer in time") from None
-        answer = self._head
+        answer = reader.head
         if not 200 <= answer.status <= 299:
             raise httpcore.ProxyError(f"{answer.status} {answer.reason.decode('ascii', 'ignore')}")
-        if self._is_dirty:
+        if reader.is_followed:
             raise httpcore.RemoteProtocolError("bytes came through the tunnel before TLS began")
 
     # Sending
 
-    async def _send_bytes(self, body: bytes, timeout: float | None) -> None:
-        """Send a large `body`, slice by slice."""
-        view = memoryview(body)
-        for count, start in enumerate(range(0, len(body), SLICE)):
-            if not await self._send(view[start : start + SLICE], timeout):
+    async def _send_bytes(self, view: memoryview, timeout: float | None) -> None:
+        """Send a large body, slice by slice."""
+        if self._outbox:
+            await self._drain(timeout)
+        for count, start in enumerate(range(0, len(view), SLICE)):
+            if self._is_refused():
                 return
-            if count % FAIR_SHARE == FAIR_SHARE - 1:
+            self._push(view[start : start + SLICE])
+            if self._outbox:
+                await self._drain(timeout)
+            elif count % FAIR_SHARE == FAIR_SHARE - 1:
                 await asyncio.sleep(0)
-        self._is_sent = not self._is_write_broken
+        self._is_sent = not (self._is_refused() or self._outbox)
 
     async def _send_stream(self, body: AsyncIterable[bytes], length: int, timeout: float | None) -> None:
         """Send `body` as it comes; what makes it is closed if it is not wanted to its end."""
@@ -678,23 +578,29 @@ class WireConnection:
                 await self._drain(timeout)
             while not self._is_refused():
                 try:
-                    piece = await iterator.__anext__()
+                    view = memoryview(await iterator.__anext__())
                 except StopAsyncIteration:
                     is_at_end = True
                     break
-                if length != _CHUNKS:
-                    left -= len(piece)
+                if length != CHUNKS:
+                    left -= len(view)
                     if left < 0:
                         raise httpcore.LocalProtocolError("the body is longer than Content-Length says")
-                for start in range(0, len(piece), SLICE):
-                    part = piece if len(piece) <= SLICE else piece[start : start + SLICE]
-                    await self._send(_chunk(part) if length == _CHUNKS else part, timeout)
+                for start in range(0, len(view), SLICE):
+                    if self._is_refused():
+                        break
+                    part = view[start : start + SLICE]
+                    self._push(chunk(part) if length == CHUNKS else part)
                     count += 1
-                    if count % FAIR_SHARE == 0:
+                    if self._outbox:
+                        await self._drain(timeout)
+                    elif count % FAIR_SHARE == 0:
                         await asyncio.sleep(0)
-            if is_at_end:
-                if length == _CHUNKS:
-                    await self._send(b"0\r\n\r\n", timeout)
+            if is_at_end and not self._is_refused():
+                if length == CHUNKS:
+                    self._push(b"0\r\n\r\n")
+                    if self._outbox:
+                        await self._drain(timeout)
                 elif left:
                     raise httpcore.LocalProtocolError("the body is shorter than Content-Length says")
                 self._is_sent = not (self._is_refused() or self._outbox)
@@ -705,24 +611,13 @@ class WireConnection:
             if not is_at_end and hasattr(iterator, "aclose"):
                 await iterator.aclose()
 
-    async def _send(self, data: bytes | memoryview, timeout: float | None) -> bool:
-        """Send `data`; False when the server wants no more."""
-        if self._outbox:
-            await self._drain(timeout)
-        if self._is_refused():
-            return False
-        self._push(data)
-        if self._outbox:
-            await self._drain(timeout)
-        return not self._is_refused()
-
     def _is_refused(self) -> bool:
         """Whether sending on makes no sense: the server has refused the request, or cannot be written to."""
         return (
             self._is_write_broken
             or self._failure is not None
             or self._is_closed
-            or (self._is_answered and self._head.status >= 400)
+            or (self._reader.is_answered and self._reader.head.status >= 400)
         )
 
     def _push(self, data: bytes | memoryview) -> None:
@@ -850,32 +745,48 @@ class WireConnection:
             return
         try:
             data = sock.recv(RECEIVE)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as exc:
-            self._fail(httpcore.ReadError, exc, cause=exc)
-            return
-        tls = self._tls
-        try:
+            tls = self._tls
             if not data:
-                self._end(is_cut=tls is not None)
+                self._reader.end(is_cut=tls is not None)
             elif tls is None:
                 self._feed(data)
             else:
                 self._decrypt(tls, data)
+        except (BlockingIOError, InterruptedError):
+            return
         except httpcore.RemoteProtocolError as exc:
             self._fail(httpcore.RemoteProtocolError, exc)
-        except ssl.SSLError as exc:
+        except OSError as exc:  # so are TLS's own
             self._fail(httpcore.ReadError, exc, cause=exc)
+        reader = self._reader
+        if reader.is_followed:
+            self._hang_up()
+        elif reader.unread > HIGH_WATER and not self._is_paused:
+            self._pause()
         if self._waiter is not None:
             self._wake_if_ready()
+
+    def _feed(self, data: bytes) -> None:
+        """What came, TLS taken off."""
+        reader = self._reader
+        record = self._record
+        if record is None:
+            reader.feed(data)
+        else:
+            record.response_started = True
+            reader.feed(data)
+            record.head_received = reader.is_answered
 
     def _wake_if_ready(self) -> None:
         wants = self._wants
         if wants == DRAINED:
             if self._is_refused():
                 self._wake()
-        elif self._stage == IDLE or (wants == ANSWER and self._is_answered) or (wants == BODY and self._pieces):
+        elif (
+            self._reader.stage == IDLE
+            or (wants == ANSWER and self._reader.is_answered)
+            or (wants == BODY and self._reader.pieces)
+        ):
             self._wake()
         elif self._timeout is not None:
             self._expires = self._loop.time() + self._timeout
@@ -893,195 +804,27 @@ class WireConnection:
         elif lower is not None and lower.outgoing.pending:
             self._emit(lower.outgoing.read())
         if tls.is_over:
-            self._end(is_cut=False)
+            self._reader.end(is_cut=False)
         elif lower is not None and lower.is_over:
-            self._end(is_cut=True)
-
-    def _feed(self, data: bytes) -> None:
-        """What came, TLS taken off. Raises `httpcore.RemoteProtocolError`."""
-        record = self._record
-        if record is not None:
-            record.response_started = True
-        while data:
-            stage = self._stage
-            if stage == HEAD:
-                data = self._feed_head(data)
-            elif stage == LENGTH:
-                left = self._left
-                if len(data) < left:
-                    self._left = left - len(data)
-                    self._keep(data)
-                    return
-                self._keep(data if len(data) == left else data[:left])
-                data = data[left:]
-                self._finish()
-            elif stage == CHUNKED:
-                self._feed_chunked(data)
-                return
-            elif stage == IDLE:
-                self._soil()
-                return
-            else:
-                self._keep(data)
-                return
-
-    def _keep(self, data: bytes) -> None:
-        self._pieces.append(data)
-        self._unread += len(data)
-        if self._unread > HIGH_WATER:
-            self._pause()
+            self._reader.end(is_cut=True)
 
     def _pause(self) -> None:
-        if not self._is_paused and self._sock is not None:
+        if self._sock is not None:
             self._is_paused = True
             self._loop.remove_reader(self._fd)
 
-    def _take(self) -> None:
-        """The pieces are somebody else's now; let the server go on."""
-        self._pieces.clear()
-        self._unread = 0
-        if self._is_paused and self._sock is not None and not self._is_dirty:
+    def _go_on(self) -> None:
+        """Let the server go on, unless it has said what it had no right to, or its last word."""
+        if self._sock is not None and not self._reader.is_followed:
             self._is_paused = False
             self._context.run(self._loop.add_reader, self._fd, _on_readable, self._ref)
 
-    def _feed_head(self, data: bytes) -> bytes:
-        """Take the head, or what came of it, off `data`; returns the rest."""
-        if not self._head.begun and data[0] != 72:  # llhttp knows other protocols, and skips line ends
-            raise httpcore.RemoteProtocolError("the answer is not HTTP")
-        tail, head = self._tail, self._head
-        end = (tail + data if tail else data).find(b"\r\n\r\n")
-        if end < 0:
-            self._tail = (tail + data)[-3:]
-            part, rest = data, b""
-        else:
-            end += 4 - len(tail)
-            self._tail = b""
-            part, rest = data[:end], data[end:]
-        self._head_bytes += len(part)
-        if self._head_bytes > HEAD_BYTES:
-            raise httpcore.RemoteProtocolError(f"the head of the answer is longer than {HEAD_BYTES} bytes")
-        try:
-            self._parser.feed_data(part)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
-            if not head.is_complete:
-                raise httpcore.RemoteProtocolError(f"the answer is not HTTP/1.1: {exc}") from None
-        if len(head.fields) > HEAD_FIELDS:
-            raise httpcore.RemoteProtocolError(f"the answer has more than {HEAD_FIELDS} fields")
-        if end < 0:
-            return b""
-        if not head.is_complete:
-            raise httpcore.RemoteProtocolError("the head of the answer does not end where it should")
-        self._on_head()
-        return rest
-
-    def _on_head(self) -> None:
-        """A head is complete: decide what follows it (RFC 9112 section 6.3)."""
-        head = self._head
-        head.status = status = self._parser.get_status_code()
-        version = self._parser.get_http_version()
-        if version != "1.1" and version != "1.0":
-            raise httpcore.RemoteProtocolError(f"the answer says that it is HTTP/{version}")
-        if status < 200:
-            if status < 100 or status == 101:
-                raise httpcore.RemoteProtocolError(f"the answer has the status {status}, which nobody asked for")
-            self._interim += 1
-            if self._interim > INTERIM_ANSWERS:
-                raise httpcore.RemoteProtocolError(f"more than {INTERIM_ANSWERS} interim answers came")
-            self._begin_head()
-            return
-        coding, length = head.coding, head.length
-        if version == "1.1":
-            head.version = b"HTTP/1.1"
-            if head.connection and b"close" in _tokens(head.connection):
-                self._keeps_alive = False
-        else:
-            head.version = b"HTTP/1.0"
-            self._keeps_alive = False
-            if coding is not None:
-                raise httpcore.RemoteProtocolError("the answer has a Transfer-Encoding in HTTP/1.0")
-        if coding is not None and (coding.lower() != b"chunked" or length is not None):
-            raise httpcore.RemoteProtocolError("the answer has a Transfer-Encoding that is not chunked alone")
-        if length is not None and not (length.isdigit() and len(length) < 19):
-            raise httpcore.RemoteProtocolError("the answer has a Content-Length that is no length")
-        self._is_answered = True
-        record = self._record
-        if record is not None:
-            record.head_received = True
-        if self._has_no_body or status == 204 or status == 304:
-            self._finish()
-        elif coding is not None:
-            self._stage = CHUNKED
-        elif length is None:
-            self._stage = UNTIL_END
-            self._keeps_alive = False
-        elif self._set_length(int(length)):
-            self._stage = LENGTH
-        else:
-            self._finish()
-
-    def _set_length(self, length: int) -> int:
-        self._left = length
-        return length
-
-    def _feed_chunked(self, data: bytes) -> None:
-        head, pieces = self._head, self._pieces
-        before = len(pieces)
-        is_followed = False
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
-            if head.ends_at < 0:
-                raise httpcore.RemoteProtocolError(f"the chunks of the answer are malformed: {exc}") from None
-            is_followed = True
-        if head.ends_at >= 0:
-            del pieces[head.ends_at :]
-        self._tail = end = (self._tail + data)[-5:]
-        if len(pieces) > before:
-            self._overhead = 0
-            pieces[before:] = [b"".join(pieces[before:])]
-            self._unread += len(pieces[-1])
-            if self._unread > HIGH_WATER:
-                self._pause()
-        else:
-            self._overhead += len(data)
-            if self._overhead > HEAD_BYTES:
-                raise httpcore.RemoteProtocolError(f"{HEAD_BYTES} bytes of chunks came without any body")
-        if head.ends_at >= 0:
-            self._finish()
-            # llhttp passes over line ends behind a message: there must be exactly the two that end it.
-            if is_followed or head.begun > 1 or not end.endswith(b"\r\n\r\n") or end[:1] == b"\n":
-                self._soil()
-
-    def _finish(self) -> None:
-        """The answer is complete."""
-        self._stage = IDLE
-
-    def _soil(self) -> None:
-        """Bytes came that belong to no request: nothing more is read, and it never serves again."""
-        self._is_dirty = True
-        self._hang_up()
-
     def _hang_up(self) -> None:
-        """Close the socket while nobody drives it; what was received stays to be read."""
-        if self._waiter is None and self._record is None and self._stage == IDLE:
+        """Nothing more is read; while nobody drives it, the socket is closed. What was received stays to be read."""
+        if self._waiter is None and self._record is None and self._reader.stage == IDLE:
             self.close()
         else:
             self._pause()
-
-    def _end(self, *, is_cut: bool) -> None:
-        """The peer has closed; `is_cut`: without TLS's goodbye, so that the end may be anybody's."""
-        stage = self._stage
-        if stage == HEAD:
-            record = self._record
-            if is_cut and record is not None and record.response_started:
-                raise httpcore.RemoteProtocolError(_CUT)
-            raise httpcore.RemoteProtocolError("Server disconnected without sending a response.")
-        if stage == UNTIL_END and is_cut:
-            raise httpcore.RemoteProtocolError(_CUT)
-        if stage in (LENGTH, CHUNKED):
-            raise httpcore.RemoteProtocolError("the peer closed the connection before the body was complete")
-        self._finish()
-        self._soil()
 
     def _error(self) -> Exception:
         """What the exchange failed of, made anew: a raised one holds the frames that hold this connection."""
@@ -1092,32 +835,30 @@ class WireConnection:
         return made
 
     def _fail(self, error: type[Exception], exc: Exception, cause: Exception | None = None) -> None:
-        if self._stage == IDLE:
-            self._soil()
-            return
-        self._failure = error, str(exc), cause and cause.with_traceback(None)
-        self._stage = IDLE
-        self._is_dirty = True
-        self._pause()
+        reader = self._reader
+        if reader.stage != IDLE:
+            self._failure = error, str(exc), cause and cause.with_traceback(None)
+        reader.stage = IDLE
+        reader.is_followed = True
 
     async def _read(self, serial: int, timeout: float | None) -> bytes:
         """For the answer of the exchange `serial`: the next piece of its body."""
+        reader = self._reader
         while serial == self._serial:
-            pieces = self._pieces
-            if pieces:
-                piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-                self._take()
+            if reader.pieces:
+                piece = reader.take()
+                if self._is_paused:
+                    self._go_on()
                 return piece
             if self._failure is not None:
                 self.close()
                 raise self._error()
-            if self._stage == IDLE:
+            if self._reader.stage == IDLE:
                 return b""
             await self._wait(BODY, timeout)
         return b""
 
 
-_CUT = "the TLS connection was cut: the answer may be incomplete"
 _NO_TIMEOUTS: Mapping[str, float | None] = {}
 
 
@@ -1152,98 +893,6 @@ def _close_late(
 def _authority(host: str, port: int, *, default: int | None = None) -> str:
     name = f"[{host}]" if ":" in host else host
     return name if port == default else f"{name}:{port}"
-
-
-def _tokens(value: bytes) -> list[bytes]:
-    return [token.strip(b" \t") for token in value.split(b",")]
-
-
-def merged(fields: Sequence[Field], overriding: Sequence[Field]) -> list[Field]:
-    """`fields` but for those that `overriding` has too, and then `overriding`: as httpcore merges a proxy's."""
-    names = {name.lower() for name, _ in overriding}
-    return [*(field for field in fields if field[0].lower() not in names), *overriding]
-
-
-# Requests
-
-_CHUNKS = -1
-_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 section 5.6.2
-_VISIBLE = bytes(range(0x21, 0x7F))
-_ALLOWED = bytes([0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0x100)])
-_PLAIN, _LENGTH, _CODING, _CONNECTION, _HOST = range(5)
-_KINDS = {
-    b"content-length": _LENGTH,
-    b"transfer-encoding": _CODING,
-    b"connection": _CONNECTION,
-    b"host": _HOST,
-}
-_names: dict[bytes, tuple[bytes, int]] = {}  # as they are written, and what they mean here
-
-
-def _learned(name: bytes) -> tuple[bytes, int] | None:
-    if not _TOKEN.fullmatch(name):
-        return None
-    known = name + b": ", _KINDS.get(name.lower(), _PLAIN)
-    if len(_names) < 1000:  # names that vary are none to remember
-        _names[name] = known
-    return known
-
-
-def request_head(method: bytes, target: bytes, headers: Sequence[Field]) -> tuple[bytes, int, bool] | str:
-    """The head of a request, the length of the body that it announces (-1 for chunks), whether it keeps the connection.
-
-    Or what is wrong with it, quoting nothing: what is no token, target or field value (RFC 9112 sections 3 and 5), and
-    framing that contradicts itself. Not raised, since the frame of this function would be in the traceback.
-    """
-    if method not in _METHODS and not _TOKEN.fullmatch(method):
-        return "the method of the request is illegal"
-    if not target or target.translate(None, _VISIBLE):
-        return "the target of the request has illegal characters"
-    lines = [method, b" ", target, b" HTTP/1.1\r\n"]
-    length, hosts, keeps_alive = 0, 0, True
-    has_framing = False
-    for name, value in headers:
-        known = _names.get(name) or _learned(name)
-        if known is None:
-            return "the request has an illegal header name"
-        prefix, kind = known
-        lines += (prefix, value, b"\r\n")
-        if kind:
-            if kind == _HOST:
-                hosts += 1
-            elif kind == _CONNECTION:
-                keeps_alive = keeps_alive and b"close" not in _tokens(value.lower())
-            elif has_framing:
-                return "the request has more than one of Content-Length and Transfer-Encoding"
-            else:
-                has_framing = True
-                announced = _announced(kind, value)
-                if announced is None:
-                    return "the request has a Content-Length that is no length, or a coding other than chunked"
-                length = announced
-    lines.append(b"\r\n")
-    head = b"".join(lines)
-    count = len(headers) + 2
-    if head.count(b"\n") != count or head.count(b"\r") != count or head.translate(None, _ALLOWED):
-        return "a header of the request has illegal characters"
-    if (b"  " in head or b"\t" in head or b" \r" in head) and any(value != value.strip(b" \t") for _, value in headers):
-        return "a header of the request has whitespace round its value"
-    if hosts != 1:
-        return "the request needs one Host header"
-    return head, length, keeps_alive
-
-
-_METHODS = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"CONNECT", b"TRACE"})
-
-
-def _announced(kind: int, value: bytes) -> int | None:
-    if kind == _CODING:
-        return _CHUNKS if value.lower() == b"chunked" else None
-    return int(value) if value.isdigit() and len(value) < 19 else None
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def is_on_asyncio() -> bool:
