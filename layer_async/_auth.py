@@ -201,8 +201,21 @@ class _Setback:
 
     def reraise(self) -> None:
         if self.error is not None:
-            # Each raising would lengthen the traceback that all who wait share.
-            raise self.error.with_traceback(self.traceback)
+            # Each raising would lengthen the traceback, were it shared by all who wait.
+            raise _twin(self.error).with_traceback(self.traceback)
+
+
+def _twin(error: Exception) -> Exception:
+    """Another error just like `error`, for another who waits; `error` itself where none can be made."""
+    try:
+        twin = copy.copy(error)
+        is_like = type(twin) is type(error) and bool(twin.args == error.args)
+    except Exception:  # whatever a class of the user's raises that cannot be copied
+        return error
+    if not is_like:
+        return error
+    twin.__cause__, twin.__suppress_context__ = error.__cause__, error.__suppress_context__
+    return twin
 
 
 @attrs.define(eq=False)
@@ -244,8 +257,9 @@ class DualTokenAuth(httpx.Auth):
     Works with any `httpx.AsyncClient(auth=…)`. `tokens` is a `TokenPair`, or a callable that returns one (or an
     awaitable of one); a plain callable is called in a worker thread. A 401 makes one caller ask the source for all who
     wait; each then tries once more, if there is a newer pair and its body can be sent again. What the source raises,
-    they all raise; it is asked again after 1 s at the earliest. `origin` is a URL, read by `Origin.parse` with
-    `allow_http`. `on_refresh` is called with each new generation and must not raise; `clock` gives monotonic seconds.
+    they all raise, each a copy where there can be one; it is asked again after 1 s at the earliest. `origin` is a URL,
+    read by `Origin.parse` with `allow_http`. `on_refresh` is called with each new generation and must not raise;
+    `clock` gives monotonic seconds.
 
     Raises `ConfigurationError` at construction for a wrong `tokens` or `origin`; in a flow for a source that gives
     something else than a `TokenPair` or calls the client that it serves; `AuthenticationError` in a flow, before
@@ -416,7 +430,11 @@ class DualTokenAuth(httpx.Auth):
             return
         phase, record.phase = record.phase, "refresh"
         record.release_slot()
-        await self._join_flight()
+        try:
+            await self._join_flight()
+        except Exception as error:  # whatever a source may raise
+            record.source_error = error
+            raise
         record.phase = phase  # only now: an error that ends the wait is to find the phase that it ended
 
     async def _join_flight(self) -> None:
@@ -451,7 +469,7 @@ class DualTokenAuth(httpx.Auth):
             pair = await self._ask()
         except BaseException as error:  # cleaned up after and raised again, whatever it is
             if isinstance(error, Exception):
-                flight.setback = _Setback(self._clock() + SETBACK_SECONDS, error, error.__traceback__)
+                flight.setback = _Setback(self._clock() + SETBACK_SECONDS, _twin(error), error.__traceback__)
                 self._land(flight)
             else:
                 self._hand_over(flight)

@@ -216,7 +216,8 @@ class Call:
                 raise self._ended_early()
         except BaseException as exc:
             error = type(exc).__name__
-            if isinstance(exc, LayerError):
+            # What the source of the tokens raised about a request of its own is not about this one.
+            if isinstance(exc, LayerError) and (exc is not record.source_error or exc.request is None):
                 self._complete(exc)
             raise
         finally:
@@ -268,6 +269,8 @@ class Call:
         try:
             return await self._respond()
         except (httpx.RequestError, httpx.InvalidURL) as exc:
+            if exc is self.record.source_error:
+                raise
             raise_translated(exc, self._context())
 
     async def _respond(self) -> httpx.Response:

@@ -45,7 +45,8 @@ class ExchangeRecord:
     what the call is doing, `slot` is the slot it holds, `attempts` and `maybe_processed` grow with each attempt. `info`
     is the request as errors and events show it, once somebody has wanted it. `idempotent` is the caller's word on an
     unsafe method. `is_patient`: the call belongs to a bulk, and waits out any number of 429s. `fresh` asks the
-    transport for a new connection, since an idle one has just turned out to be dead.
+    transport for a new connection, since an idle one has just turned out to be dead. `source_error` is what the source
+    of the tokens raised: no matter of the API's, whatever its class.
     """
 
     bytes_written: int | None = None
@@ -60,6 +61,7 @@ class ExchangeRecord:
     idempotent: bool | None = None
     is_patient: bool = False
     fresh: bool = False
+    source_error: Exception | None = attrs.field(default=None, repr=False)
 
     @classmethod
     def of(cls, request: Any) -> ExchangeRecord:

@@ -265,6 +265,8 @@ class RetryMiddleware:
             try:
                 response = await call_next(request)
             except (httpx.RequestError, APIStatusError) as exc:
+                if exc is record.source_error:
+                    raise
                 decision = self._judge(exc, request, record, earlier, started)
                 if not decision.retry:
                     raise

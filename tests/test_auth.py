@@ -24,10 +24,22 @@ import httpx
 import pytest
 import respx
 
+from layer_async import AsyncLayerClient
 from layer_async._auth import DualTokenAuth
-from layer_async._errors import AuthenticationError, ConfigurationError, LayerError, MissingTokensError
+from layer_async._errors import (
+    APIConnectionError,
+    AuthenticationError,
+    ConfigurationError,
+    LayerError,
+    MissingTokensError,
+    RateLimitError,
+    RequestInfo,
+    ServerError,
+)
 from layer_async._exchange import ExchangeRecord
 from layer_async._origin import Origin
+from layer_async._retry import RetryMiddleware, RetryPolicy
+from layer_async._telemetry import CallFinished, Event
 from layer_async._tokens import TokenPair, TokenSource, env_tokens, file_tokens, keyring_tokens, resolve_tokens
 
 BASE = "https://webapi.thelayer.com"
@@ -935,19 +947,109 @@ async def test_a_source_that_raises_fails_all_who_wait_with_that_one_error(expir
         asked = source.asked
         with anyio.fail_after(5):
             results = await gather(1000, lambda index: client.get(f"/{index}"))
-            assert all(result is error for result in results)
+            assert {type(result) for result in results} == {VaultError}
+            assert {str(result) for result in results} == {"sealed"}
+            assert len({id(result) for result in results}) == 1000
             assert source.asked == asked + 1
             clock.now += 0.999
-            with pytest.raises(VaultError) as caught:
+            with pytest.raises(VaultError, match="sealed") as caught:
                 await client.get("/x")
-            assert caught.value is error
+            assert caught.value is not error
             assert source.asked == asked + 1
             source.answers = [2]
             server.valid = {2}
             clock.now += 0.002
             assert (await client.get("/x")).status_code == 200
             assert source.asked == asked + 2
+    assert all(len(traceback.extract_tb(result.__traceback__)) < 40 for result in (*results, caught.value, error))
+
+
+class OddError(Exception):
+    """Copied, it would say something else."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"code {code}")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("error", [OddError(7), httpx.HTTPStatusError("503", request=None, response=None)])  # type: ignore[arg-type]
+async def test_an_error_of_a_source_that_cannot_be_copied_is_raised_itself(error: Exception) -> None:
+    async with Server().client(make_auth(Source(error))) as client:
+        with anyio.fail_after(5):
+            results = await gather(50, lambda index: client.get(f"/{index}"))
+    assert all(result is error for result in results)
     assert len(traceback.extract_tb(error.__traceback__)) < 40
+
+
+SOURCE_ERRORS = [
+    httpx.ConnectError("the vault is down"),
+    httpx.ReadTimeout("the vault is slow"),
+    httpx.InvalidURL("no vault there"),
+    RateLimitError("the vault is busy", status_code=429, retry_after=30.0, request=RequestInfo("GET", "https://vault")),
+    ServerError("the vault fails", status_code=503, request=RequestInfo("GET", "https://vault"), maybe_processed=True),
+    APIConnectionError("the vault is away"),
+    VaultError("sealed"),
+]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("error", SOURCE_ERRORS, ids=repr)
+@pytest.mark.parametrize("expired", [True, False])
+async def test_what_a_source_raises_is_no_failure_of_the_api(error: Exception, expired: bool) -> None:
+    raised = copy.copy(error)
+    source = Source(1, raised) if expired else Source(raised)
+    events: list[Event] = []
+    server = Server(1)
+    async with AsyncLayerClient(
+        tokens=source, base_url=BASE, transport=httpx.MockTransport(server), observer=events.append
+    ) as client:
+        if expired:
+            await client.get("/x")
+            server.valid = set()
+        tokens, asked, seen = client._corridor.identity.budget.tokens, source.asked, len(server.seen)
+        events.clear()
+        with anyio.fail_after(5):
+            results = await gather(5, lambda index: client.post(f"/{index}", json={}))
+        assert (source.asked - asked, len(server.seen) - seen) == (1, 5 * expired)
+        assert client._corridor.identity.budget.tokens == tokens
+        assert not client._corridor.identity.gate.is_shut
+    assert {(type(result), result.args) for result in results} == {(type(error), error.args)}
+    assert len({id(result) for result in results}) == 5
+    assert [type(event) for event in events] == [CallFinished] * 5
+    for number, result in enumerate(results):
+        if isinstance(error, LayerError):
+            assert isinstance(result, LayerError)
+            assert result.request == (error.request or RequestInfo("POST", f"{BASE}/{number}"))
+            assert result.attempts == ()
+            assert result.maybe_processed == error.maybe_processed
+
+
+@pytest.mark.anyio
+async def test_an_error_of_a_source_about_its_own_request_is_told_nothing_of_this_one() -> None:
+    error = ServerError("no secondary-1 there", status_code=503, request=RequestInfo("GET", "https://vault"))
+    answers = iter([503, 401])
+    async with AsyncLayerClient(
+        tokens=Source(1, error),
+        base_url=BASE,
+        transport=httpx.MockTransport(lambda request: httpx.Response(next(answers))),
+        retry=RetryPolicy(backoff_initial=1e-9),
+    ) as client:
+        with pytest.raises(ServerError) as caught:
+            await client.get("/x")
+    assert caught.value is error
+    assert (error.args, error.attempts) == (("no secondary-1 there",), ())
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("error", SOURCE_ERRORS, ids=repr)
+async def test_what_a_source_raises_passes_the_middleware_over_a_bare_client(error: Exception) -> None:
+    source = Source(error)
+    retry = RetryMiddleware(RetryPolicy(backoff_initial=1e-9))
+    async with Server().client(make_auth(source)) as client:
+        with anyio.fail_after(5), pytest.raises(type(error)) as caught:
+            await retry(client.build_request("POST", "/x"), client.send)
+    assert (source.asked, retry.budget.tokens) == (1, 100)
+    assert caught.value.args == error.args
 
 
 @pytest.mark.anyio
@@ -958,8 +1060,7 @@ async def test_a_source_that_raises_in_a_thread_fails_all_who_wait_with_that_one
     async with Server().client(make_auth(source)) as client:
         with anyio.fail_after(5):
             results = await gather(10, lambda index: client.get(f"/{index}"))
-    assert len({id(result) for result in results}) == 1
-    assert isinstance(results[0], VaultError)
+    assert {(type(result), str(result)) for result in results} == {(VaultError, "sealed")}
 
 
 @pytest.mark.anyio
