@@ -133,12 +133,14 @@ class Turn:
 class _Circuit:
     """Whether the tokens are refused so clearly that sending more calls is pointless; decides, and is told the time.
 
-    `fresh` counts the pairs in a row that were refused without ever having met success, `paths` holds where the current
-    pair was refused for good. While `error` is set the circuit is open.
+    `fresh` counts the pairs in a row, from generation `first` on, that were refused without ever having met success;
+    `proven` and `counted` are the newest generations that met success and that were counted. `paths` holds where the
+    current pair was refused for good. While `error` is set the circuit is open.
     """
 
     proven: int = 0
     counted: int = 0
+    first: int = 0
     fresh: int = 0
     paths: set[str] = attrs.field(factory=set[str])
     error: AuthenticationError | None = None
@@ -149,10 +151,23 @@ class _Circuit:
         return self.proven != issue.generation or self.fresh > 0 or bool(self.paths) or self.error is not None
 
     def meet_success(self, generation: int) -> None:
+        """The current pair is fine."""
         self.proven = generation
         if self.fresh or self.paths or self.error is not None:
             self.fresh, self.error = 0, None
             self.paths.clear()
+
+    def meet_late_success(self, generation: int) -> None:
+        """A call still under way when its pair was replaced; it was one between, if sent with a pair new enough.
+
+        The pair before the first that was refused is new enough to keep the circuit closed, not to close it: the call
+        may have been answered before the server changed its mind.
+        """
+        self.proven = max(self.proven, generation)
+        if generation >= self.first - (self.error is None):
+            self.fresh = 0
+            if len(self.paths) < 2:  # else it is open for what the current pair met
+                self.error = None
 
     def meet_new_pair(self) -> None:
         self.error = None
@@ -160,8 +175,9 @@ class _Circuit:
 
     def meet_refusal(self, generation: int) -> bool:
         """A 401 for a pair of `generation`; True when enough is known to open."""
-        if generation not in (self.proven, self.counted):
+        if generation > max(self.proven, self.counted):
             self.counted = generation
+            self.first = self.first if self.fresh else generation
             self.fresh += 1
         return self.fresh >= 2
 
@@ -354,9 +370,12 @@ class DualTokenAuth(httpx.Auth):
     def conclude(self, turn: Turn, response: httpx.Response) -> None:
         """Take note of an answer that is neither 401 nor 403; nothing follows."""
         issue = turn.issue
-        is_news = issue is self._issue and self._circuit.is_moved_by(issue) and response.is_success
-        if is_news and carries_tokens(response.request):
-            self._circuit.meet_success(issue.generation)
+        is_current = issue is self._issue
+        if is_current and not self._circuit.is_moved_by(issue):
+            return
+        if response.is_success and carries_tokens(response.request):
+            meet = self._circuit.meet_success if is_current else self._circuit.meet_late_success
+            meet(issue.generation)
 
     async def follow_up(self, turn: Turn, response: httpx.Response, *, sent: httpx.Request) -> httpx.Request | None:
         """What is to be sent after a 401 or 403 to `sent`, if anything; where that is so, the answer has been read."""

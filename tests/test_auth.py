@@ -8,6 +8,7 @@ import functools
 import logging
 import pathlib
 import pickle
+import random
 import sys
 import threading
 import traceback
@@ -25,7 +26,7 @@ import pytest
 import respx
 
 from layer_async import AsyncLayerClient
-from layer_async._auth import DualTokenAuth
+from layer_async._auth import DualTokenAuth, _Circuit
 from layer_async._errors import (
     APIConnectionError,
     AuthenticationError,
@@ -1302,6 +1303,132 @@ class SlowServer(Server):
 
     def slow_client(self, auth: httpx.Auth) -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=httpx.MockTransport(self.answer), auth=auth, base_url=BASE)
+
+
+class PickySource(Source):
+    """Its pairs are all good, and yet `/bad` refuses them: it always has a newer one."""
+
+    def __init__(self) -> None:
+        super().__init__(*range(1, 10_000))
+
+
+class PickyServer(SlowServer):
+    """Accepts every pair, but at `/bad…`."""
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.seen.append((request.url.path, request.headers.get("token1"), None))
+        return httpx.Response(401 if request.url.path.startswith("/bad") else 200)
+
+
+@pytest.mark.anyio
+async def test_a_success_of_a_call_still_under_way_with_the_pair_before_counts_as_one_between() -> None:
+    server, auth = PickyServer(), make_auth(PickySource())
+    async with server.slow_client(auth) as client:
+        async with anyio.create_task_group() as group:
+            await client.get("/x")
+            group.start_soon(client.get, "/late")
+            await settle()
+            assert (await client.get("/bad")).status_code == 401
+            server.told.set()
+        assert (await client.get("/bad")).status_code == 401
+        assert auth.generation == 3
+        assert (await client.get("/x")).status_code == 200
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("sent_with", [1, 2, None])
+async def test_an_open_circuit_is_closed_by_a_late_success_of_a_refused_pair_only(sent_with: int | None) -> None:
+    server, auth = PickyServer(), make_auth(PickySource())
+    async with server.slow_client(auth) as client:
+        await client.get("/x")
+        async with anyio.create_task_group() as group:
+            for generation in (1, 2):
+                if sent_with == generation:
+                    group.start_soon(client.get, "/late")
+                    await settle()
+                assert (await client.get("/bad")).status_code == 401
+            with pytest.raises(AuthenticationError):
+                await client.get("/y")
+            server.told.set()
+        if sent_with == 2:
+            assert (await client.get("/x")).status_code == 200
+        else:
+            with pytest.raises(AuthenticationError):
+                await client.get("/x")
+
+
+@pytest.mark.anyio
+async def test_a_success_from_before_the_last_but_one_pair_is_none_between() -> None:
+    server, auth = PickyServer(), make_auth(PickySource())
+    async with server.slow_client(auth) as client:
+        async with anyio.create_task_group() as group:
+            await client.get("/x")
+            group.start_soon(client.get, "/late")  # with the first pair
+            await settle()
+            await client.get("/bad")
+            await client.get("/x")  # with the second, which is therefore not fresh any more
+            await client.get("/bad")
+            assert auth.generation == 3
+            server.told.set()
+        assert (await client.get("/bad")).status_code == 401
+        with pytest.raises(AuthenticationError):
+            await client.get("/x")
+
+
+def test_a_late_success_of_the_pair_before_says_nothing_of_a_pair_refused_on_two_paths() -> None:
+    circuit = _Circuit()
+    for generation in (2, 3):
+        circuit.meet_new_pair()
+        opens = circuit.meet_refusal(generation)
+    assert opens
+    error = AuthenticationError("refused", status_code=401)
+    circuit.open(error, 0.0)
+    circuit.meet_final_refusal("/a")
+    assert circuit.meet_final_refusal("/b")
+    circuit.meet_late_success(2)
+    assert circuit.error is error
+    assert circuit.fresh == 0
+
+
+@pytest.mark.anyio
+async def test_a_late_success_of_an_older_pair_does_not_make_the_current_one_fresh_again() -> None:
+    server, source = SlowServer(1, 2), Source(1, 2, 3, 4)
+    async with server.slow_client(make_auth(source)) as client:
+        async with anyio.create_task_group() as group:
+            await client.get("/x")
+            group.start_soon(client.get, "/late")
+            await settle()
+            server.valid = {2}
+            assert (await client.get("/x")).status_code == 200
+            server.told.set()
+        server.valid = {4}
+        assert (await client.get("/x")).status_code == 401
+        assert (await client.get("/x")).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_one_path_that_is_always_refused_amid_a_crowd_of_successes_stops_nobody() -> None:
+    chance = random.Random(1)
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        for _ in range(chance.randrange(1, 20)):
+            await anyio.lowlevel.checkpoint()
+        return server(request)
+
+    server, auth = PickyServer(), make_auth(PickySource())
+    limiter = anyio.CapacityLimiter(50)
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), auth=auth, base_url=BASE) as client:
+
+        async def call(index: int) -> httpx.Response:
+            async with limiter:
+                return await client.get("/bad" if index % 10 == 9 else f"/{index}")
+
+        results = await gather(1000, call)
+    assert Counter((type(result), result.status_code) for result in results) == {
+        (httpx.Response, 200): 900,
+        (httpx.Response, 401): 100,
+    }
+    assert auth.generation > 3
 
 
 @pytest.mark.anyio
