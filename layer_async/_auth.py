@@ -309,7 +309,7 @@ class DualTokenAuth(httpx.Auth):
         del tokens
         if flaw is not None:
             raise ConfigurationError(flaw)
-        self.origin = origin if isinstance(origin, Origin) else Origin.parse(origin, allow_http=allow_http)
+        self.origin: Origin = origin if isinstance(origin, Origin) else Origin.parse(origin, allow_http=allow_http)
 
     def __repr__(self) -> str:
         # A traceback may show it while it is half made.

@@ -242,8 +242,8 @@ class RetryMiddleware:
             raise ConfigurationError(f"policy must be a RetryPolicy, not {type(policy).__name__}.")
         if budget is not None and not isinstance(budget, RetryBudget):
             raise ConfigurationError(f"budget must be a RetryBudget, not {type(budget).__name__}.")
-        self.policy = policy
-        self.budget = RetryBudget() if budget is None else budget
+        self.policy: RetryPolicy = policy
+        self.budget: RetryBudget = RetryBudget() if budget is None else budget
         self._gate = gate
         self._observer = observer
         self._random = random

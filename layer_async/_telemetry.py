@@ -157,7 +157,10 @@ class OpenTelemetryObserver:
             try:
                 from opentelemetry.metrics import get_meter
             except ImportError:
-                raise ConfigurationError("OpenTelemetryObserver needs the extra `otel` of layer-async.") from None
+                raise ConfigurationError(
+                    "OpenTelemetryObserver needs the extra `otel`: "
+                    "pip install 'layer-async[otel]' (in a checkout: pip install '.[otel]')."
+                ) from None
             meter = get_meter("layer_async", __version__)
         self._duration = meter.create_histogram("layer.call.duration", "s", "from the start of a call to its end")
         self._attempts = meter.create_counter("layer.attempts", "1", "attempts that came back")

@@ -197,7 +197,10 @@ def keyring_tokens(service: str = "layer-async") -> TokenSource:
     try:
         import keyring
     except ImportError as exc:
-        raise ConfigurationError("keyring_tokens needs the keyring: pip install 'layer-async[keyring]'.") from exc
+        raise ConfigurationError(
+            "keyring_tokens needs the keyring: "
+            "pip install 'layer-async[keyring]' (in a checkout: pip install '.[keyring]')."
+        ) from exc
     return _KeyringTokens(service, keyring.get_password)
 
 

@@ -118,7 +118,7 @@ class LayerTransport(httpx.AsyncHTTPTransport):
         trust_env: bool = True,
         pool: ConnectionPool | None = None,
     ) -> None:
-        self.pool = ConnectionPool(limits) if pool is None else pool
+        self.pool: ConnectionPool = ConnectionPool(limits) if pool is None else pool
         context = ssl_context(verify, trust_env=trust_env)
         if proxy is not None:
             proxy = checked_proxy(proxy, context)

@@ -45,8 +45,11 @@ try:
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
-except ImportError as exc:
-    raise ImportError("the sandbox needs starlette and uvicorn: pip install 'layer-async[sandbox]'") from exc
+except ImportError as _missing:
+    raise ImportError(
+        "the sandbox needs starlette and uvicorn: "
+        "pip install 'layer-async[sandbox]' (in a checkout: pip install '.[sandbox]')"
+    ) from _missing
 
 __all__ = [
     "COLLECTIONS",
@@ -549,9 +552,9 @@ class Sandbox:
             raise ValueError("documents must be at least 0 and rotate_after at least 1")
         self.seed = seed
         self.documents = documents
-        self.record = Record(seed)
+        self.record: Record = Record(seed)
         self.faults = faults
-        self.generation = 0
+        self.generation: int = 0
         self._collections = {name: _Collection(name, seed=seed, size=documents) for name in COLLECTIONS}
         self._meter = None if quota is None else _Meter(quota, clock())
         self._rotate_after = frozenset(after)
@@ -1015,7 +1018,7 @@ class SandboxProcess:
         self, process: subprocess.Popen[bytes], *, url: str, seed: int, documents: int, control_key: str
     ) -> None:
         self.url = url
-        self.pid = process.pid
+        self.pid: int = process.pid
         self.seed = seed
         self.documents = documents
         self._process = process

@@ -76,7 +76,10 @@ def test_the_opentelemetry_observer_takes_the_global_provider_and_says_which_ext
 ) -> None:
     OpenTelemetryObserver()(GateShut(1.0))
     monkeypatch.setitem(sys.modules, "opentelemetry.metrics", None)
-    with pytest.raises(ConfigurationError, match="needs the extra `otel`"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"needs the extra `otel`: pip install 'layer-async\[otel\]' \(in a checkout: pip install '\.\[otel\]'\)",
+    ):
         OpenTelemetryObserver()
 
 
