@@ -125,8 +125,9 @@ class Turn:
     __slots__ = ("is_probe", "is_second", "issue")
 
     def __init__(self) -> None:
-        self.issue = _NOTHING
-        self.is_second = self.is_probe = False
+        self.issue: _Issue = _NOTHING
+        self.is_second: bool = False
+        self.is_probe: bool = False
 
 
 @attrs.define
@@ -307,6 +308,8 @@ class DualTokenAuth(httpx.Auth):
         else:
             self._source = tokens
         del tokens
+        if flaw is None and on_refresh is not None and not callable(on_refresh):
+            flaw = f"on_refresh must be callable, and {type(on_refresh).__name__} is not."
         if flaw is not None:
             raise ConfigurationError(flaw)
         self.origin: Origin = origin if isinstance(origin, Origin) else Origin.parse(origin, allow_http=allow_http)

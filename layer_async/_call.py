@@ -165,6 +165,7 @@ class Corridor:
         return Call(
             corridor=self,
             method=checked_method(method),
+            url=self.origin.resolve(given["path"]),  # up front too: what leads elsewhere waits for nothing
             given=given,
             settings=settings,
             into=into,
@@ -179,6 +180,7 @@ class Call:
 
     corridor: Corridor
     method: str
+    url: httpx.URL
     given: Quiet
     settings: CallSettings
     into: Any
@@ -235,14 +237,11 @@ class Call:
     def info(self) -> RequestInfo:
         """The method and the URL without its query."""
         record = self.record
-        if record.info is None and self.request is not None:
+        if record.info is None:
+            if self.request is None:
+                return RequestInfo.of_url(self.method, self.url)
             record.info = RequestInfo.of(self.request)
-        if record.info is not None:
-            return record.info
-        try:
-            return RequestInfo.of_url(self.method, self.corridor.origin.resolve(self.given["path"]))
-        except ConfigurationError:
-            return RequestInfo(self.method, f"{self.corridor.origin}/")
+        return record.info
 
     @contextmanager
     def translating_body(self, response: httpx.Response) -> Generator[None, None, None]:
@@ -294,16 +293,15 @@ class Call:
 
     def _build(self) -> httpx.Request:
         """The request. Raises `ConfigurationError` for what cannot be sent, quoting none of it."""
-        url = self.corridor.origin.resolve(self.given["path"])
         lane = self.corridor.lane
         if lane is not None and self.given.keys().isdisjoint(PECULIAR):
-            request = lane.request(self.method, url, self.document, self.settings.phases)
+            request = lane.request(self.method, self.url, self.document, self.settings.phases)
             if request is not None:
                 return request
         try:
             request = self.corridor.http.build_request(
                 self.method,
-                url,
+                self.url,
                 timeout=self.settings.timeout,
                 **self._content(),
             )
@@ -365,7 +363,9 @@ class Call:
         try:
             if is_read:
                 assert lane is not None
-                response = await lane.exchange(request, record, corridor.identity.auth, self.settings.max_response_bytes)
+                response = await lane.exchange(
+                    request, record, corridor.identity.auth, self.settings.max_response_bytes
+                )
             else:
                 response = await self._send(request)
             while corridor.follow_redirects and self._may_follow(response):

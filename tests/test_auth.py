@@ -332,6 +332,8 @@ def test_an_auth_refuses_wrong_tokens_and_origins() -> None:
     with pytest.raises(ConfigurationError, match="not https"):
         DualTokenAuth(pair(1), origin="http://webapi.thelayer.com")
     assert DualTokenAuth(pair(1), origin="http://gateway.internal", allow_http=True).origin.host == "gateway.internal"
+    with pytest.raises(ConfigurationError, match="on_refresh must be callable, and int is not"):
+        make_auth(pair(1), on_refresh=0)
     origin = Origin.parse(BASE)
     assert DualTokenAuth(pair(1), origin=origin).origin is origin
 

@@ -1021,3 +1021,18 @@ async def test_a_policy_or_a_budget_of_another_kind_is_refused() -> None:
         RetryMiddleware(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="budget must be"):
         RetryMiddleware(RetryPolicy(), 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"policy": 3}, "policy must be a RetryPolicy, not int"),
+        ({"budget": 3}, "budget must be a RetryBudget, not int"),
+        ({"gate": 3}, "gate must have a method `shut"),
+        ({"gate": type("Odd", (), {"shut": 1})()}, "gate must have a method `shut"),
+        ({"observer": 3}, "observer must be callable, and int is not"),
+    ],
+)
+async def test_wrong_arguments_are_refused_at_once(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        RetryMiddleware(**arguments)

@@ -559,6 +559,12 @@ def test_what_is_no_proxy_is_refused_without_quoting_it(proxy: Any) -> None:
         assert caught.value.__cause__ is None
 
 
+@pytest.mark.parametrize(("name", "words"), [("pool", "a ConnectionPool"), ("limits", "httpx.Limits")])
+def test_a_pool_and_limits_of_another_kind_are_refused(name: str, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} must be {words}, not int"):
+        LayerTransport(**{name: 7})  # type: ignore[arg-type]
+
+
 # The client
 
 
