@@ -22,7 +22,7 @@ from ._auth import DualTokenAuth
 from ._bulk import Bulk, run_all
 from ._call import CallSettings, Corridor, Identity, Lane
 from ._errors import ClientClosedError, ConfigurationError, LayerError
-from ._exchange import bound_body
+from ._exchange import StreamedResponse, bound_body, end_readers
 from ._options import (
     BodyOptions,
     CallOptions,
@@ -279,13 +279,18 @@ class AsyncLayerClient:
         limit = given.get("max_response_bytes")
         try:
             response: httpx.Response = await call.run()
+            if type(response) is httpx.Response:
+                response.__class__ = StreamedResponse
             if limit is not None:
                 bound_body(response, limit)
             try:
                 with call.translating_body(response):
                     yield response
             finally:
-                await response.aclose()
+                try:
+                    await response.aclose()
+                finally:
+                    await end_readers(response, is_ours=self._pool is not None)
         finally:
             call.record.release_slot()
 

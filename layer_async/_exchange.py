@@ -11,14 +11,17 @@ import email.utils
 import re
 import sys
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
 
 import attrs
 import httpx
 
-from ._errors import AttemptInfo, MalformedResponseError, RequestInfo
+from ._errors import AttemptInfo, LayerError, MalformedResponseError, RequestInfo
 
 EXTENSION = "layer_async"
+
+S = TypeVar("S", str, bytes)
 
 
 class QuietRequest(httpx.Request):
@@ -151,6 +154,45 @@ def bound_body(response: httpx.Response, limit: int, *, truncate: bool = False) 
     body = BoundedBody(response, limit, truncate=truncate)
     response.stream = body
     response._decoder = body  # type: ignore[assignment]
+
+
+READERS = "layer_async.readers"  # in the extensions of a response, which no pickle of it takes along
+
+
+class StreamedResponse(httpx.Response):
+    """A response whose readers may be left half-way: they are kept, to be ended by `end_readers`.
+
+    httpx's readers are generators, and theirs hold others. Dropped by a `break`, they would be the garbage collector's,
+    which trio warns of.
+    """
+
+    def aiter_raw(self, chunk_size: int | None = None) -> AsyncIterator[bytes]:
+        return self._kept(super().aiter_raw(chunk_size))
+
+    def aiter_bytes(self, chunk_size: int | None = None) -> AsyncIterator[bytes]:
+        return self._kept(super().aiter_bytes(chunk_size))
+
+    def aiter_text(self, chunk_size: int | None = None) -> AsyncIterator[str]:
+        return self._kept(super().aiter_text(chunk_size))
+
+    def aiter_lines(self) -> AsyncIterator[str]:
+        return self._kept(super().aiter_lines())
+
+    def _kept(self, reader: AsyncIterator[S]) -> AsyncIterator[S]:
+        self.extensions.setdefault(READERS, []).append(reader)
+        return reader
+
+
+async def end_readers(response: httpx.Response, *, is_ours: bool) -> None:
+    """End what still reads a closed response. Streams of ours (`is_ours`) soon run out then, others may be endless."""
+    for reader in response.extensions.pop(READERS, ()):
+        if reader.ag_running:  # another task is reading; it will see
+            continue
+        with suppress(httpx.HTTPError, httpx.StreamError, LayerError):
+            if not is_ours:
+                await reader.aclose()
+            async for _ in reader:
+                pass
 
 
 class BoundedBody(httpx.AsyncByteStream):
