@@ -195,4 +195,5 @@ def test_importing_the_package_leaves_the_extras_alone() -> None:
 def test_every_room_can_be_imported() -> None:
     for room in rooms():
         if room != "__main__":
-            importlib.import_module(f"layer_async.{room}" if room != DOOR else "layer_async")
+            name = f"layer_async.{room}" if room != DOOR else "layer_async"
+            assert importlib.import_module(name).__doc__, name

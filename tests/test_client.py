@@ -825,7 +825,11 @@ async def test_a_view_with_other_tokens_has_its_own_state(client: AsyncLayerClie
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(client.get, "/api/x")
         await anyio.wait_all_tasks_blocked()
-        await view.get("/api/x")
+        assert client._corridor.identity.gate.is_shut
+        with anyio.fail_after(5):
+            assert (await view.get("/api/x")).status_code == 200
+        assert not view._corridor.identity.gate.is_shut
+        assert view._corridor.identity.budget is not client._corridor.identity.budget
         tasks.cancel_scope.cancel()
 
 

@@ -204,6 +204,7 @@ async def test_what_comes_after_the_answer_is_noticed_when_it_comes(server: Faul
         with anyio.fail_after(5):
             while connection.is_reusable():
                 await anyio.sleep(0.001)
+        assert not connection.is_alive()
 
 
 async def test_session_tickets_that_come_late_are_no_reason_to_close() -> None:
@@ -683,6 +684,8 @@ async def test_a_cancelled_attempt_leaves_no_socket_once_its_connection_is_close
     with anyio.fail_after(5):
         while server.open_connections:
             await anyio.sleep(0.001)
+    assert server.record.connections == 1
+    assert not connection._wire.sockets
 
 
 # Being fair

@@ -24,8 +24,10 @@ from layer_async._telemetry import (
 REQUEST = RequestInfo("GET", "https://host.invalid/x")
 
 
-def test_without_an_observer_nothing_happens() -> None:
+def test_without_an_observer_nothing_is_told_and_nothing_goes_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "layer_async")
     notify(None, GateShut(1.0))
+    assert caplog.records == []
 
 
 def test_the_logging_observer_says_each_event_in_a_line_at_its_level(caplog: pytest.LogCaptureFixture) -> None:
