@@ -386,9 +386,9 @@ class DualTokenAuth(httpx.Auth):
         if not carries_tokens(answered):
             lost = self._lost_tokens_on_the_way(sent, response)
             return answered if lost and await _read_briefly(response) is not None else None
-        if response.status_code == 403 or (body := await _read_briefly(response)) is None:
+        if response.status_code == 403 or await _read_briefly(response) is None:
             return None
-        if not await self._has_newer(turn, response, body) or turn.is_second or not is_replayable(answered):
+        if not await self._has_newer(turn, response) or turn.is_second or not is_replayable(answered):
             return None
         turn.is_second = True
         return answered
@@ -405,23 +405,23 @@ class DualTokenAuth(httpx.Auth):
             and is_replayable(answered)
         )
 
-    async def _has_newer(self, turn: Turn, response: httpx.Response, body: bytes) -> bool:
+    async def _has_newer(self, turn: Turn, response: httpx.Response) -> bool:
         """Take note that the pair of `turn` met a 401; whether a newer pair is there now, and worth trying."""
         issue = turn.issue
         if issue is self._issue and self._circuit.meet_refusal(issue.generation):
-            self._open_circuit(response, body)
+            self._open_circuit(response)
         may_ask = not turn.is_second and (turn.is_probe or self._circuit.error is None)
         if issue is self._issue and may_ask and self._source is not None:
             await self._renew(response.request)
         if issue is not self._issue:
             return self._circuit.error is None
         if self._circuit.meet_final_refusal(response.request.url.path):
-            self._open_circuit(response, body)
+            self._open_circuit(response)
         return False
 
-    def _open_circuit(self, response: httpx.Response, body: bytes) -> None:
+    def _open_circuit(self, response: httpx.Response) -> None:
         if self._circuit.error is None:
-            error = cast(AuthenticationError, status_error(response, body, secrets=self.secrets))
+            error = cast(AuthenticationError, status_error(response, response.content, secrets=self.secrets))
             error.args = (f"{error.args[0]} {CIRCUIT_ADVICE}",)
             self._circuit.open(error, self._clock())
 

@@ -87,7 +87,11 @@ async def test_a_header_that_is_not_ascii_does_not_hide_the_status() -> None:
     assert (b"X-Info", b"caf\xe9") in caught.value.headers.raw
 
 
-async def test_a_401_whose_body_breaks_off_leads_to_a_refresh_all_the_same() -> None:
+@pytest.mark.parametrize("hooked", [False, True])  # with a hook, httpx drives the auth
+async def test_a_401_whose_body_breaks_off_leads_to_a_refresh_all_the_same(hooked: bool) -> None:
+    async def hook(response: httpx.Response) -> None:
+        assert response.status_code in (200, 401)
+
     def refuse(ex: Exchange) -> None:
         if ex.request.headers["token1"] == "faults-token-new":
             ex.respond(b"{}")
@@ -99,6 +103,7 @@ async def test_a_401_whose_body_breaks_off_leads_to_a_refresh_all_the_same() -> 
     with FaultServer() as server:
         server.behaviours["refuse"] = refuse
         async with make(server, tokens=lambda: next(pairs)) as client:
+            client.http.event_hooks = {"response": [hook] if hooked else []}
             await client.post("/refuse/1", json={})
     assert len(server.record.requests) == 2
 
