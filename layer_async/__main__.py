@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
+HOW_TO_ADD = "pip install 'layer-async[cli]' (in a checkout: pip install '.[cli]')"
+
 
 def main() -> None:
     """Run the command line and exit with its code; without its extra, say how to get it and exit with 2."""
@@ -17,7 +19,7 @@ def main() -> None:
 
         code = run(sys.argv[1:])
     except ModuleNotFoundError as exc:
-        sys.stderr.write(f"layer-async: {exc.name} is missing: pip install 'layer-async[cli]'\n")
+        sys.stderr.write(f"layer-async: {exc.name} is missing, which the extra `cli` brings: {HOW_TO_ADD}\n")
         code = 2
     except KeyboardInterrupt:  # while it was still being imported
         code = 130

@@ -82,20 +82,23 @@ class Turn:
     __slots__ = ("is_probe", "is_second", "issue")
 
     def __init__(self) -> None:
-        self.issue = _NOTHING
-        self.is_second = self.is_probe = False
+        self.issue: _Issue = _NOTHING
+        self.is_second: bool = False
+        self.is_probe: bool = False
 
 
 @attrs.define
 class _Circuit:
     """Whether the tokens are refused so clearly that sending more calls is pointless; decides, and is told the time.
 
-    `fresh` counts the pairs in a row that were refused without ever having met success, `paths` holds where the current
-    pair was refused for good. While `error` is set the circuit is open.
+    `fresh` counts the pairs in a row, from generation `first` on, that were refused without ever having met success;
+    `proven` and `counted` are the newest generations that met success and that were counted. `paths` holds where the
+    current pair was refused for good. While `error` is set the circuit is open.
     """
 
     proven: int = 0
     counted: int = 0
+    first: int = 0
     fresh: int = 0
     paths: set[str] = attrs.field(factory=set[str])
     error: AuthenticationError | None = None
@@ -106,10 +109,23 @@ class _Circuit:
         return self.proven != issue.generation or self.fresh > 0 or bool(self.paths) or self.error is not None
 
     def meet_success(self, generation: int) -> None:
+        """The current pair is fine."""
         self.proven = generation
         if self.fresh or self.paths or self.error is not None:
             self.fresh, self.error = 0, None
             self.paths.clear()
+
+    def meet_late_success(self, generation: int) -> None:
+        """A call still under way when its pair was replaced; it was one between, if sent with a pair new enough.
+
+        The pair before the first that was refused is new enough to keep the circuit closed, not to close it: the call
+        may have been answered before the server changed its mind.
+        """
+        self.proven = max(self.proven, generation)
+        if generation >= self.first - (self.error is None):
+            self.fresh = 0
+            if len(self.paths) < 2:  # else it is open for what the current pair met
+                self.error = None
 
     def meet_new_pair(self) -> None:
         self.error = None
@@ -117,8 +133,9 @@ class _Circuit:
 
     def meet_refusal(self, generation: int) -> bool:
         """A 401 for a pair of `generation`; True when enough is known to open."""
-        if generation not in (self.proven, self.counted):
+        if generation > max(self.proven, self.counted):
             self.counted = generation
+            self.first = self.first if self.fresh else generation
             self.fresh += 1
         return self.fresh >= 2
 
@@ -158,8 +175,21 @@ class _Setback:
 
     def reraise(self) -> None:
         if self.error is not None:
-            # Each raising would lengthen the traceback that all who wait share.
-            raise self.error.with_traceback(self.traceback)
+            # Each raising would lengthen the traceback, were it shared by all who wait.
+            raise _twin(self.error).with_traceback(self.traceback)
+
+
+def _twin(error: Exception) -> Exception:
+    """Another error just like `error`, for another who waits; `error` itself where none can be made."""
+    try:
+        twin = copy.copy(error)
+        is_like = type(twin) is type(error) and bool(twin.args == error.args)
+    except Exception:  # whatever a class of the user's raises that cannot be copied
+        return error
+    if not is_like:
+        return error
+    twin.__cause__, twin.__suppress_context__ = error.__cause__, error.__suppress_context__
+    return twin
 
 
 @attrs.define(eq=False)
@@ -201,8 +231,9 @@ class DualTokenAuth(httpx.Auth):
     Works with any `httpx.AsyncClient(auth=…)`. `tokens` is a `TokenPair`, or a callable that returns one (or an
     awaitable of one); a plain callable is called in a worker thread. A 401 makes one caller ask the source for all who
     wait; each then tries once more, if there is a newer pair and its body can be sent again. What the source raises,
-    they all raise; it is asked again after 1 s at the earliest. `origin` is a URL, read by `Origin.parse` with
-    `allow_http`. `on_refresh` is called with each new generation and must not raise; `clock` gives monotonic seconds.
+    they all raise, each a copy where there can be one; it is asked again after 1 s at the earliest. `origin` is a URL,
+    read by `Origin.parse` with `allow_http`. `on_refresh` is called with each new generation and must not raise;
+    `clock` gives monotonic seconds.
 
     Raises `ConfigurationError` at construction for a wrong `tokens` or `origin`; in a flow for a source that gives
     something else than a `TokenPair` or calls the client that it serves; `AuthenticationError` in a flow, before
@@ -234,9 +265,11 @@ class DualTokenAuth(httpx.Auth):
         else:
             self._source = tokens
         del tokens
+        if flaw is None and on_refresh is not None and not callable(on_refresh):
+            flaw = f"on_refresh must be callable, and {type(on_refresh).__name__} is not."
         if flaw is not None:
             raise ConfigurationError(flaw)
-        self.origin = origin if isinstance(origin, Origin) else Origin.parse(origin, allow_http=allow_http)
+        self.origin: Origin = origin if isinstance(origin, Origin) else Origin.parse(origin, allow_http=allow_http)
 
     def __repr__(self) -> str:
         # A traceback may show it while it is half made.
@@ -297,9 +330,12 @@ class DualTokenAuth(httpx.Auth):
     def conclude(self, turn: Turn, response: httpx.Response) -> None:
         """Take note of an answer that is neither 401 nor 403; nothing follows."""
         issue = turn.issue
-        is_news = issue is self._issue and self._circuit.is_moved_by(issue) and response.is_success
-        if is_news and carries_tokens(response.request):
-            self._circuit.meet_success(issue.generation)
+        is_current = issue is self._issue
+        if is_current and not self._circuit.is_moved_by(issue):
+            return
+        if response.is_success and carries_tokens(response.request):
+            meet = self._circuit.meet_success if is_current else self._circuit.meet_late_success
+            meet(issue.generation)
 
     async def follow_up(self, turn: Turn, response: httpx.Response, *, sent: httpx.Request) -> httpx.Request | None:
         """What is to be sent after a 401 or 403 to `sent`, if anything; where that is so, the answer has been read."""
@@ -307,9 +343,9 @@ class DualTokenAuth(httpx.Auth):
         if not carries_tokens(answered):
             lost = self._lost_tokens_on_the_way(sent, response)
             return answered if lost and await _read_briefly(response) is not None else None
-        if response.status_code == 403 or (body := await _read_briefly(response)) is None:
+        if response.status_code == 403 or await _read_briefly(response) is None:
             return None
-        if not await self._has_newer(turn, response, body) or turn.is_second or not is_replayable(answered):
+        if not await self._has_newer(turn, response) or turn.is_second or not is_replayable(answered):
             return None
         turn.is_second = True
         return answered
@@ -326,23 +362,23 @@ class DualTokenAuth(httpx.Auth):
             and is_replayable(answered)
         )
 
-    async def _has_newer(self, turn: Turn, response: httpx.Response, body: bytes) -> bool:
+    async def _has_newer(self, turn: Turn, response: httpx.Response) -> bool:
         """Take note that the pair of `turn` met a 401; whether a newer pair is there now, and worth trying."""
         issue = turn.issue
         if issue is self._issue and self._circuit.meet_refusal(issue.generation):
-            self._open_circuit(response, body)
+            self._open_circuit(response)
         may_ask = not turn.is_second and (turn.is_probe or self._circuit.error is None)
         if issue is self._issue and may_ask and self._source is not None:
             await self._renew(response.request)
         if issue is not self._issue:
             return self._circuit.error is None
         if self._circuit.meet_final_refusal(response.request.url.path):
-            self._open_circuit(response, body)
+            self._open_circuit(response)
         return False
 
-    def _open_circuit(self, response: httpx.Response, body: bytes) -> None:
+    def _open_circuit(self, response: httpx.Response) -> None:
         if self._circuit.error is None:
-            error = cast(AuthenticationError, status_error(response, body, secrets=self.secrets))
+            error = cast(AuthenticationError, status_error(response, response.content, secrets=self.secrets))
             error.args = (f"{error.args[0]} {CIRCUIT_ADVICE}",)
             self._circuit.open(error, self._clock())
 
@@ -373,7 +409,11 @@ class DualTokenAuth(httpx.Auth):
             return
         phase, record.phase = record.phase, "refresh"
         record.release_slot()
-        await self._join_flight()
+        try:
+            await self._join_flight()
+        except Exception as error:  # whatever a source may raise
+            record.source_error = error
+            raise
         record.phase = phase  # only now: an error that ends the wait is to find the phase that it ended
 
     async def _join_flight(self) -> None:
@@ -408,7 +448,7 @@ class DualTokenAuth(httpx.Auth):
             pair = await self._ask()
         except BaseException as error:  # cleaned up after and raised again, whatever it is
             if isinstance(error, Exception):
-                flight.setback = _Setback(self._clock() + SETBACK_SECONDS, error, error.__traceback__)
+                flight.setback = _Setback(self._clock() + SETBACK_SECONDS, _twin(error), error.__traceback__)
                 self._land(flight)
             else:
                 self._hand_over(flight)

@@ -167,6 +167,7 @@ class Corridor:
         return Call(
             corridor=self,
             method=checked_method(method),
+            url=self.origin.resolve(given["path"]),  # up front too: what leads elsewhere waits for nothing
             given=given,
             settings=settings,
             into=into,
@@ -181,6 +182,7 @@ class Call:
 
     corridor: Corridor
     method: str
+    url: httpx.URL
     given: Quiet
     settings: CallSettings
     into: Any
@@ -218,7 +220,8 @@ class Call:
                 raise self._ended_early()
         except BaseException as exc:
             error = type(exc).__name__
-            if isinstance(exc, LayerError):
+            # What the source of the tokens raised about a request of its own is not about this one.
+            if isinstance(exc, LayerError) and (exc is not record.source_error or exc.request is None):
                 self._complete(exc)
             raise
         finally:
@@ -236,14 +239,11 @@ class Call:
     def info(self) -> RequestInfo:
         """The method and the URL without its query."""
         record = self.record
-        if record.info is None and self.request is not None:
+        if record.info is None:
+            if self.request is None:
+                return RequestInfo.of_url(self.method, self.url)
             record.info = RequestInfo.of(self.request)
-        if record.info is not None:
-            return record.info
-        try:
-            return RequestInfo.of_url(self.method, self.corridor.origin.resolve(self.given["path"]))
-        except ConfigurationError:
-            return RequestInfo(self.method, f"{self.corridor.origin}/")
+        return record.info
 
     def watch_body(self, response: httpx.Response) -> None:
         """Let the caller stream `response`: its errors are ours, wherever they are met, and say how much had come.
@@ -276,6 +276,8 @@ class Call:
         try:
             return await self._respond()
         except (httpx.RequestError, httpx.InvalidURL) as exc:
+            if exc is self.record.source_error:
+                raise
             raise_translated(exc, self._context())
 
     async def _respond(self) -> httpx.Response:
@@ -302,16 +304,15 @@ class Call:
 
     def _build(self) -> httpx.Request:
         """The request. Raises `ConfigurationError` for what cannot be sent, quoting none of it."""
-        url = self.corridor.origin.resolve(self.given["path"])
         lane = self.corridor.lane
         if lane is not None and self.given.keys().isdisjoint(PECULIAR):
-            request = lane.request(self.method, url, self.document, self.settings.phases)
+            request = lane.request(self.method, self.url, self.document, self.settings.phases)
             if request is not None:
                 return request
         try:
             request = self.corridor.http.build_request(
                 self.method,
-                url,
+                self.url,
                 timeout=self.settings.timeout,
                 **self._content(),
             )

@@ -40,8 +40,9 @@ def compile_called(into: Any, first: Record) -> Decoder:
         import cattrs
     except ImportError:
         raise Refused(
-            f"{name_of(first.cls)} is made by calling it, since {first.why_called}. Install the extra "
-            "(pip install 'layer-async[cattrs]'), or decode into a class without."
+            f"{name_of(first.cls)} is made by calling it, since {first.why_called}. Install the extra: "
+            "pip install 'layer-async[cattrs]' (in a checkout: pip install '.[cattrs]'). Or decode into a class "
+            "without."
         ) from None
     hook = _Forge(cattrs.Converter(detailed_validation=True)).hook(into)
     parse = msgspec.json.Decoder().decode

@@ -22,6 +22,7 @@ from ._auth import DualTokenAuth
 from ._bulk import Bulk, run_all
 from ._call import CallSettings, Corridor, Identity, Lane
 from ._errors import ClientClosedError, ConfigurationError, LayerError
+from ._exchange import StreamedResponse, end_readers
 from ._options import (
     BodyOptions,
     CallOptions,
@@ -277,11 +278,16 @@ class AsyncLayerClient:
         call = self._corridor.begin(method, given, streamed=True)
         try:
             response: httpx.Response = await call.run()
+            if type(response) is httpx.Response:
+                response.__class__ = StreamedResponse
             call.watch_body(response)
             try:
                 yield response
             finally:
-                await response.aclose()
+                try:
+                    await response.aclose()
+                finally:
+                    await end_readers(response, is_ours=self._pool is not None)
         finally:
             call.record.release_slot()
 

@@ -25,8 +25,9 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-import attrs
 import httpx
+
+from ._values import Value
 
 __all__ = [
     "APIConnectionError",
@@ -55,15 +56,18 @@ BODY_LIMIT = 64 * 1024
 MESSAGE_LIMIT = 200
 
 
-@attrs.frozen
-class RequestInfo:
+class RequestInfo(Value):
     """Which request an error or event is about, without anything secret.
 
     `method` is the HTTP method; `url` is the URL without user, query and fragment, since those may carry secrets.
     """
 
-    method: str
-    url: str
+    __match_args__ = ("method", "url")
+    __slots__ = __match_args__
+
+    def __init__(self, method: str, url: str) -> None:
+        self.method = method
+        self.url = url
 
     @classmethod
     def of(cls, request: httpx.Request) -> RequestInfo:
@@ -80,8 +84,7 @@ class RequestInfo:
         return f"{self.method} {self.url}"
 
 
-@attrs.frozen
-class AttemptInfo:
+class AttemptInfo(Value):
     """What one attempt met.
 
     `number` counts from 1. `outcome` is the status code or the name of the httpx exception, as text. `status_code` is
@@ -89,11 +92,17 @@ class AttemptInfo:
     it tried again (None for the last attempt); both in seconds.
     """
 
-    number: int
-    outcome: str
-    status_code: int | None
-    elapsed: float
-    delay: float | None = None
+    __match_args__ = ("number", "outcome", "status_code", "elapsed", "delay")
+    __slots__ = __match_args__
+
+    def __init__(
+        self, number: int, outcome: str, status_code: int | None, elapsed: float, delay: float | None = None
+    ) -> None:
+        self.number = number
+        self.outcome = outcome
+        self.status_code = status_code
+        self.elapsed = elapsed
+        self.delay = delay
 
 
 class LayerError(Exception):
@@ -388,14 +397,22 @@ def _find_message(document: Any, depth: int = 8) -> str | None:
     return None
 
 
-@attrs.frozen
 class ErrorContext:
     """What is known of a call when it fails, to be put on its error."""
 
-    request: RequestInfo
-    attempts: tuple[AttemptInfo, ...]
-    maybe_processed: bool
-    response_started: bool | None = None
+    __slots__ = ("attempts", "maybe_processed", "request", "response_started")
+
+    def __init__(
+        self,
+        request: RequestInfo,
+        attempts: tuple[AttemptInfo, ...],
+        maybe_processed: bool,  # noqa: FBT001 - a field
+        response_started: bool | None = None,  # noqa: FBT001 - likewise
+    ) -> None:
+        self.request = request
+        self.attempts = attempts
+        self.maybe_processed = maybe_processed
+        self.response_started = response_started
 
 
 TIMEOUT_PHASES: dict[type[httpx.TimeoutException], str] = {

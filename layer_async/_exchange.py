@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import email.utils
 import re
-from typing import Any, Protocol
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
 
 import attrs
 import httpx
 
-from ._errors import AttemptInfo, RequestInfo
+from ._errors import AttemptInfo, LayerError, RequestInfo
 
 EXTENSION = "layer_async"
+
+S = TypeVar("S", str, bytes)
 
 
 class QuietRequest(httpx.Request):
@@ -43,7 +47,8 @@ class ExchangeRecord:
     what the call is doing, `slot` is the slot it holds, `attempts` and `maybe_processed` grow with each attempt. `info`
     is the request as errors and events show it, once somebody has wanted it. `idempotent` is the caller's word on an
     unsafe method. `is_patient`: the call belongs to a bulk, and waits out any number of 429s. `fresh` asks the
-    transport for a new connection, since an idle one has just turned out to be dead.
+    transport for a new connection, since an idle one has just turned out to be dead. `source_error` is what the source
+    of the tokens raised: no matter of the API's, whatever its class.
     """
 
     bytes_written: int | None = None
@@ -58,6 +63,7 @@ class ExchangeRecord:
     idempotent: bool | None = None
     is_patient: bool = False
     fresh: bool = False
+    source_error: Exception | None = attrs.field(default=None, repr=False)
 
     @classmethod
     def of(cls, request: Any) -> ExchangeRecord:
@@ -115,6 +121,45 @@ def retry_after(response: httpx.Response) -> float | None:
     if until is None or now is None or until <= now:
         return None
     return until - now
+
+
+READERS = "layer_async.readers"  # in the extensions of a response, which no pickle of it takes along
+
+
+class StreamedResponse(httpx.Response):
+    """A response whose readers may be left half-way: they are kept, to be ended by `end_readers`.
+
+    httpx's readers are generators, and theirs hold others. Dropped by a `break`, they would be the garbage collector's,
+    which trio warns of.
+    """
+
+    def aiter_raw(self, chunk_size: int | None = None) -> AsyncIterator[bytes]:
+        return self._kept(super().aiter_raw(chunk_size))
+
+    def aiter_bytes(self, chunk_size: int | None = None) -> AsyncIterator[bytes]:
+        return self._kept(super().aiter_bytes(chunk_size))
+
+    def aiter_text(self, chunk_size: int | None = None) -> AsyncIterator[str]:
+        return self._kept(super().aiter_text(chunk_size))
+
+    def aiter_lines(self) -> AsyncIterator[str]:
+        return self._kept(super().aiter_lines())
+
+    def _kept(self, reader: AsyncIterator[S]) -> AsyncIterator[S]:
+        self.extensions.setdefault(READERS, []).append(reader)
+        return reader
+
+
+async def end_readers(response: httpx.Response, *, is_ours: bool) -> None:
+    """End what still reads a closed response. Streams of ours (`is_ours`) soon run out then, others may be endless."""
+    for reader in response.extensions.pop(READERS, ()):
+        if reader.ag_running:  # another task is reading; it will see
+            continue
+        with suppress(httpx.HTTPError, httpx.StreamError, LayerError):
+            if not is_ours:
+                await reader.aclose()
+            async for _ in reader:
+                pass
 
 
 def _http_date(value: str) -> float | None:

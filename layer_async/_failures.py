@@ -10,14 +10,13 @@ import math
 import socket
 import ssl
 
-import attrs
 import httpx
 
 from ._errors import APIStatusError, RateLimitError, ServerError
 from ._exchange import ExchangeRecord, retry_after
+from ._values import Value
 
 
-@attrs.frozen(eq=False)
 class Row:
     """One row of the table: how often a call is tried again after this failure, when, and what that costs.
 
@@ -26,14 +25,28 @@ class Row:
     connection. `at_once` waits for nothing.
     """
 
-    name: str
-    safe: float
-    unsafe: float
-    cost: float = 1.0
-    at_once: bool = False
-    fresh: bool = False
-    heeds_retry_after: bool = False
-    needs_half_an_attempt: bool = False
+    __slots__ = ("at_once", "cost", "fresh", "heeds_retry_after", "name", "needs_half_an_attempt", "safe", "unsafe")
+
+    def __init__(
+        self,
+        name: str,
+        safe: float,
+        unsafe: float,
+        *,
+        cost: float = 1.0,
+        at_once: bool = False,
+        fresh: bool = False,
+        heeds_retry_after: bool = False,
+        needs_half_an_attempt: bool = False,
+    ) -> None:
+        self.name: str = name
+        self.safe: float = safe
+        self.unsafe: float = unsafe
+        self.cost: float = cost
+        self.at_once: bool = at_once
+        self.fresh: bool = fresh
+        self.heeds_retry_after: bool = heeds_retry_after
+        self.needs_half_an_attempt: bool = needs_half_an_attempt
 
 
 NEVER, ONCE, TWICE, YES = 0, 1, 2, math.inf
@@ -76,8 +89,7 @@ def status_row(status_code: int) -> Row:
 # What an attempt met
 
 
-@attrs.frozen
-class Failure:
+class Failure(Value):
     """What one failed attempt met.
 
     `cause` is the status, or the name of the exception. `stale` means that a connection that had served before broke
@@ -86,13 +98,27 @@ class Failure:
     may have acted on the request. `retry_after` is what the server asks to wait, in seconds.
     """
 
-    row: Row
-    cause: str
-    status_code: int | None = None
-    retry_after: float | None = None
-    stale: bool = False
-    redirected: bool = False
-    processed: bool = False
+    __match_args__ = ("row", "cause", "status_code", "retry_after", "stale", "redirected", "processed")
+    __slots__ = __match_args__
+
+    def __init__(
+        self,
+        row: Row,
+        cause: str,
+        status_code: int | None = None,
+        retry_after: float | None = None,
+        *,
+        stale: bool = False,
+        redirected: bool = False,
+        processed: bool = False,
+    ) -> None:
+        self.row = row
+        self.cause = cause
+        self.status_code = status_code
+        self.retry_after = retry_after
+        self.stale: bool = stale
+        self.redirected: bool = redirected
+        self.processed: bool = processed
 
 
 def classify_failure(outcome: httpx.Response | httpx.RequestError | APIStatusError, request: httpx.Request) -> Failure:

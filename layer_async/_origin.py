@@ -18,13 +18,13 @@ from collections.abc import (
 )
 from typing import Any, cast
 
-import attrs
 import httpx
 
 from ._errors import (
     ConfigurationError,
 )
 from ._tokens import HEADER_NAMES, HeaderEntry, TokenPair
+from ._values import Value
 
 LOWER_NAMES = frozenset(name.lower() for name in HEADER_NAMES)
 RAW_NAMES = frozenset(name.encode() for name in LOWER_NAMES)
@@ -36,24 +36,22 @@ LONGEST_PLAIN = 2048  # httpx refuses URLs of more than 64 KiB
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
-@attrs.frozen
-class Origin:
+class Origin(Value):
     """The one place that tokens may go to: scheme, host and port (RFC 6454), and the path that calls are relative to.
 
     `port` is None only where the scheme has no default. `base_path` begins and ends with a slash.
     """
 
-    scheme: str
-    host: str
-    port: int | None
-    base_path: str = "/"
-    _base: httpx.URL | None = attrs.field(
-        default=attrs.Factory(lambda self: self._plain_base(), takes_self=True), init=False, repr=False, eq=False
-    )
+    __match_args__ = ("scheme", "host", "port", "base_path")
+    __slots__ = (*__match_args__, "_base")
 
-    def _plain_base(self) -> httpx.URL | None:
-        base = httpx.URL(str(self)) if HOST.fullmatch(self.host) else None
-        return base if hasattr(getattr(base, "_uri_reference", None), "_replace") else None
+    def __init__(self, scheme: str, host: str, port: int | None, base_path: str = "/") -> None:
+        self.scheme = scheme
+        self.host = host
+        self.port = port
+        self.base_path: str = base_path
+        base = httpx.URL(str(self)) if HOST.fullmatch(host) else None
+        self._base = base if hasattr(getattr(base, "_uri_reference", None), "_replace") else None
 
     @classmethod
     def parse(cls, url: str | httpx.URL, *, allow_http: bool = False) -> Origin:
@@ -178,7 +176,7 @@ def read_origin(url: object, *, allow_http: bool) -> Origin | str:
             f"the base URL {origin} is not https, so the tokens would travel in the clear. Use https; "
             "allow_http=True is for networks that you trust with them."
         )
-    return attrs.evolve(origin, base_path=url.raw_path.decode("ascii").rstrip("?/") + "/")
+    return Origin(origin.scheme, origin.host, origin.port, url.raw_path.decode("ascii").rstrip("?/") + "/")
 
 
 def _is_loopback(host: str) -> bool:

@@ -156,7 +156,7 @@ class ConnectionPool:
     """
 
     def __init__(self, limits: Limits, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.max_connections = _checked("max_connections", limits.max_connections, least=1)
+        self.max_connections: int | None = _checked("max_connections", limits.max_connections, least=1)
         self._max_idle = _checked("max_keepalive_connections", limits.max_keepalive_connections, least=0)
         self._expiry = _checked("keepalive_expiry", limits.keepalive_expiry, least=0)
         self._clock = clock

@@ -73,6 +73,7 @@ class PortableConnection:
         factory._network_backend = self._wire
         self._connection: Any = factory.create_connection(origin)
         self._http11: Any = None
+        self._is_doubtful = False
         # All but SOCKS have their connection by the time they write; there, it comes after the greeting.
         self._wire.is_greeting = lambda: getattr(self._connection, "_connection", self) is None
         self._find()
@@ -94,6 +95,8 @@ class PortableConnection:
         request.stream = body = _Body(request.stream)
         try:
             response: httpcore.Response = await self._connection.handle_async_request(request)
+            if record.response_started:
+                self._check_head(response)
         except BaseException as exc:
             self.close()
             await body.aclose()
@@ -111,9 +114,17 @@ class PortableConnection:
             record.head_received = True
         return response
 
+    def _check_head(self, response: httpcore.Response) -> None:
+        """What h11 lets pass: another major version, and two ways to tell the length (RFC 9112 section 6.3)."""
+        version: bytes = response.extensions["http_version"]
+        if not version.startswith(b"HTTP/1."):
+            raise httpcore.RemoteProtocolError(f"the server answers with {version.decode()}, not with HTTP/1.1")
+        names = {name.lower() for name, _ in response.headers}
+        self._is_doubtful = {b"transfer-encoding", b"content-length"} <= names
+
     def is_reusable(self) -> bool:
         """Whether it can serve again after an answer that was read to its end."""
-        if not self._connection.is_idle():
+        if self._is_doubtful or not self._connection.is_idle():
             return False
         h11_state = getattr(self._http11, "_h11_state", None)
         left_over = getattr(h11_state, "trailing_data", (b"unknown", True))

@@ -242,8 +242,12 @@ class RetryMiddleware:
             raise ConfigurationError(f"policy must be a RetryPolicy, not {type(policy).__name__}.")
         if budget is not None and not isinstance(budget, RetryBudget):
             raise ConfigurationError(f"budget must be a RetryBudget, not {type(budget).__name__}.")
-        self.policy = policy
-        self.budget = RetryBudget() if budget is None else budget
+        if gate is not None and not callable(getattr(gate, "shut", None)):
+            raise ConfigurationError(f"gate must have a method `shut(seconds)`, and {type(gate).__name__} has none.")
+        if observer is not None and not callable(observer):
+            raise ConfigurationError(f"observer must be callable, and {type(observer).__name__} is not.")
+        self.policy: RetryPolicy = policy
+        self.budget: RetryBudget = RetryBudget() if budget is None else budget
         self._gate = gate
         self._observer = observer
         self._random = random
@@ -265,6 +269,8 @@ class RetryMiddleware:
             try:
                 response = await call_next(request)
             except (httpx.RequestError, APIStatusError) as exc:
+                if exc is record.source_error:
+                    raise
                 decision = self._judge(exc, request, record, earlier, started)
                 if not decision.retry:
                     raise

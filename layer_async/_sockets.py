@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import errno
+import math
 import os
 import re
 import socket
@@ -48,6 +49,7 @@ class Wire(httpcore.AsyncNetworkBackend):
         self.stream: _Stream | None = None
         self.has_served = False
         self.is_greeting: Callable[[], bool] | None = None
+        self.greeted_by = math.inf  # httpcore sets no bound of its own to the greeting
         self.sent = 0
         self.sockets: set[socket.socket] = set()
         self._waits = 0
@@ -62,9 +64,21 @@ class Wire(httpcore.AsyncNetworkBackend):
 
     def record_at(self, depth: int) -> ExchangeRecord | None:
         """The record, if what passes a stream of this depth is HTTP to the origin, and no handshake, nor CONNECT."""
-        if depth != self.tls_layers or (self.is_greeting is not None and self.is_greeting()):
+        if depth != self.tls_layers or self.greets():
             return None
         return self.record
+
+    def greets(self) -> bool:
+        """Whether what passes is for a SOCKS proxy."""
+        return self.is_greeting is not None and self.is_greeting()
+
+    @contextlib.contextmanager
+    def bounding_greeting(self) -> Generator[None, None, None]:
+        """As long as SOCKS greets its proxy, the connect timeout bounds it, from when that has accepted."""
+        with anyio.CancelScope(deadline=self.greeted_by if self.greets() else math.inf) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise httpcore.ConnectTimeout("the SOCKS proxy does not answer its greeting")
 
     def close(self) -> None:
         """Close every socket, and wake up whoever waits for one."""
@@ -112,6 +126,8 @@ class Wire(httpcore.AsyncNetworkBackend):
             with anyio.fail_after(timeout):
                 addresses = await _resolve(host, port)
                 sock = await self._race([(address, local_address, options) for address in addresses])
+        if timeout is not None:
+            self.greeted_by = anyio.current_time() + timeout
         self.stream = SocketStream(self, sock)
         return self.stream
 
@@ -226,7 +242,8 @@ class _Stream(httpcore.AsyncNetworkStream, abc.ABC):
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         record = self._wire.record_at(self._depth)
         if record is None:
-            return await self.receive(max_bytes, timeout)
+            with self._wire.bounding_greeting():
+                return await self.receive(max_bytes, timeout)
         record.phase = "read"
         data = await self.receive(max_bytes, timeout)
         if data:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 from typing import Any, Protocol
 
-import attrs
-
 from ._errors import ConfigurationError, RequestInfo
+from ._values import Value
 from ._version import __version__
 
 __all__ = [
@@ -29,58 +28,83 @@ __all__ = [
 logger = logging.getLogger("layer_async")
 
 
-@attrs.frozen
-class AttemptFinished:
+class AttemptFinished(Value):
     """One attempt came back: with `status_code`, or with `error` (the name of the httpx exception) instead.
 
     `number` counts from 1, `elapsed` is in seconds, `reused` tells whether the connection had served before (None: the
     transport does not say).
     """
 
-    request: RequestInfo
-    number: int
-    status_code: int | None
-    error: str | None
-    elapsed: float
-    reused: bool | None
+    __match_args__ = ("request", "number", "status_code", "error", "elapsed", "reused")
+    __slots__ = __match_args__
+
+    def __init__(
+        self,
+        request: RequestInfo,
+        number: int,
+        status_code: int | None,
+        error: str | None,
+        elapsed: float,
+        reused: bool | None,  # noqa: FBT001 - a field
+    ) -> None:
+        self.request = request
+        self.number = number
+        self.status_code = status_code
+        self.error = error
+        self.elapsed = elapsed
+        self.reused = reused
 
 
-@attrs.frozen
-class RetryScheduled:
+class RetryScheduled(Value):
     """Attempt `number` met `cause` (a status or an exception's name), and another follows in `delay` seconds."""
 
-    request: RequestInfo
-    number: int
-    cause: str
-    delay: float
+    __match_args__ = ("request", "number", "cause", "delay")
+    __slots__ = __match_args__
+
+    def __init__(self, request: RequestInfo, number: int, cause: str, delay: float) -> None:
+        self.request = request
+        self.number = number
+        self.cause = cause
+        self.delay = delay
 
 
-@attrs.frozen
-class GateShut:
+class GateShut(Value):
     """The server said slow down: no attempt of this client starts for the next `delay` seconds."""
 
-    delay: float
+    __match_args__ = ("delay",)
+    __slots__ = __match_args__
+
+    def __init__(self, delay: float) -> None:
+        self.delay = delay
 
 
-@attrs.frozen
-class TokensRefreshed:
+class TokensRefreshed(Value):
     """The source of the tokens was asked and gave a new pair; `generation` counts the pairs, from 1."""
 
-    generation: int
+    __match_args__ = ("generation",)
+    __slots__ = __match_args__
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
 
 
-@attrs.frozen
-class CallFinished:
+class CallFinished(Value):
     """A call is over: with `status_code`, or with `error` (the name of our exception), after `attempts` attempts.
 
     `elapsed` is in seconds and includes the queue, sleeps and the body.
     """
 
-    request: RequestInfo
-    status_code: int | None
-    error: str | None
-    attempts: int
-    elapsed: float
+    __match_args__ = ("request", "status_code", "error", "attempts", "elapsed")
+    __slots__ = __match_args__
+
+    def __init__(
+        self, request: RequestInfo, status_code: int | None, error: str | None, attempts: int, elapsed: float
+    ) -> None:
+        self.request = request
+        self.status_code = status_code
+        self.error = error
+        self.attempts = attempts
+        self.elapsed = elapsed
 
 
 Event = AttemptFinished | RetryScheduled | GateShut | TokensRefreshed | CallFinished
@@ -116,14 +140,6 @@ class LoggingObserver:
     def __call__(self, event: Event, /) -> None:
         """Log `event`."""
         match event:
-            case RetryScheduled():
-                logger.warning(
-                    "%s: attempt %d met %s, next in %.2f s", event.request, event.number, event.cause, event.delay
-                )
-            case GateShut():
-                logger.warning("the server said slow down: all attempts wait for %.2f s", event.delay)
-            case TokensRefreshed():
-                logger.info("new tokens, generation %d", event.generation)
             case AttemptFinished():
                 logger.debug(
                     "%s: attempt %d: %s in %.3f s",
@@ -132,6 +148,14 @@ class LoggingObserver:
                     event.error or event.status_code,
                     event.elapsed,
                 )
+            case RetryScheduled():
+                logger.warning(
+                    "%s: attempt %d met %s, next in %.2f s", event.request, event.number, event.cause, event.delay
+                )
+            case GateShut():
+                logger.warning("the server said slow down: all attempts wait for %.2f s", event.delay)
+            case TokensRefreshed():
+                logger.info("new tokens, generation %d", event.generation)
             case _:
                 logger.debug(
                     "%s: %s after %d attempts in %.3f s",
@@ -157,7 +181,10 @@ class OpenTelemetryObserver:
             try:
                 from opentelemetry.metrics import get_meter
             except ImportError:
-                raise ConfigurationError("OpenTelemetryObserver needs the extra `otel` of layer-async.") from None
+                raise ConfigurationError(
+                    "OpenTelemetryObserver needs the extra `otel`: "
+                    "pip install 'layer-async[otel]' (in a checkout: pip install '.[otel]')."
+                ) from None
             meter = get_meter("layer_async", __version__)
         self._duration = meter.create_histogram("layer.call.duration", "s", "from the start of a call to its end")
         self._attempts = meter.create_counter("layer.attempts", "1", "attempts that came back")

@@ -16,13 +16,12 @@ from collections.abc import (
 from pathlib import Path
 from typing import NoReturn, TypeAlias, cast
 
-import attrs
-
 from ._errors import (
     TOKENS_ARE_MADE,
     ConfigurationError,
     MissingTokensError,
 )
+from ._values import Value
 
 HEADER_NAMES = ("Token1", "Token2")
 VARIABLES = ("LAYER_TOKEN1", "LAYER_TOKEN2")
@@ -46,17 +45,18 @@ def _flaw(name: str, value: object) -> str | None:
     return None
 
 
-@attrs.frozen(init=False)
-class TokenPair:
+class TokenPair(Value):
     """The two tokens that authenticate together. Its repr masks them; it refuses to be pickled or copied.
 
     `token1` is the primary token, `token2` the secondary one. Raises `ConfigurationError`, without quoting the value,
     unless both are non-empty strings of visible ASCII characters.
     """
 
-    token1: str = attrs.field(repr=lambda _: "***")
-    token2: str = attrs.field(repr=lambda _: "***")
-    entries: tuple[HeaderEntry, ...] = attrs.field(repr=False, eq=False)
+    __match_args__ = ("token1", "token2")
+    __slots__ = (*__match_args__, "entries")
+    token1: str
+    token2: str
+    entries: tuple[HeaderEntry, ...]
 
     def __init__(self, token1: str, token2: str) -> None:
         flaw = _flaw("Token1", token1) or _flaw("Token2", token2)
@@ -68,6 +68,13 @@ class TokenPair:
         entries = ((b"Token1", b"token1", token1.encode()), (b"Token2", b"token2", token2.encode()))
         object.__setattr__(self, "entries", entries)
 
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        del self, value
+        raise AttributeError(f"a TokenPair is replaced as a whole: {name} cannot be set")
+
+    def __repr__(self) -> str:
+        return "TokenPair(token1=***, token2=***)"
+
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a TokenPair is neither pickled nor copied: give the source of the tokens instead")
 
@@ -76,12 +83,18 @@ TokenSource: TypeAlias = Callable[[], TokenPair | Awaitable[TokenPair]]
 """Where pairs come from: any callable. A plain one is called in a worker thread, an async one on the event loop."""
 
 
-@attrs.frozen
-class _Strings:
+class _Strings(Value):
     """Two strings on their way to become a pair; exists so that no local variable holds them."""
 
-    token1: str | None = attrs.field(repr=False)
-    token2: str | None = attrs.field(repr=False)
+    __match_args__ = ("token1", "token2")
+    __slots__ = __match_args__
+
+    def __init__(self, token1: str | None, token2: str | None) -> None:
+        self.token1 = token1
+        self.token2 = token2
+
+    def __repr__(self) -> str:
+        return "_Strings()"
 
     def pair(self, name1: str, name2: str) -> TokenPair:
         """The pair; `name1` and `name2` say in errors where the strings came from."""
@@ -94,11 +107,13 @@ class _Strings:
         return [name for name, value in zip(HEADER_NAMES, (self.token1, self.token2), strict=True) if not value]
 
 
-@attrs.frozen
 class _Environment:
     """The environment, under a repr that does not print it; a source itself."""
 
-    environ: Mapping[str, str] = attrs.field(repr=False)
+    __slots__ = ("environ",)
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = environ
 
     def __call__(self) -> TokenPair:
         strings = _Strings(*(self.environ.get(name) for name in VARIABLES))
@@ -122,10 +137,13 @@ class _Environment:
         raise _missing(unset, where)
 
 
-@attrs.frozen
-class _FileTokens:
-    path1: Path
-    path2: Path
+class _FileTokens(Value):
+    __match_args__ = ("path1", "path2")
+    __slots__ = __match_args__
+
+    def __init__(self, path1: Path, path2: Path) -> None:
+        self.path1 = path1
+        self.path2 = path2
 
     def __call__(self) -> TokenPair:
         strings = self._read()
@@ -153,10 +171,12 @@ def _read_token(name: str, path: Path) -> str:
     return content.decode("ascii", "replace").removesuffix("\n").removesuffix("\r")
 
 
-@attrs.frozen
 class _KeyringTokens:
-    service: str
-    get_password: Callable[[str, str], str | None] = attrs.field(repr=False)
+    __slots__ = ("get_password", "service")
+
+    def __init__(self, service: str, get_password: Callable[[str, str], str | None]) -> None:
+        self.service = service
+        self.get_password = get_password
 
     def __call__(self) -> TokenPair:
         strings = _Strings(self.get_password(self.service, "token1"), self.get_password(self.service, "token2"))
@@ -197,7 +217,10 @@ def keyring_tokens(service: str = "layer-async") -> TokenSource:
     try:
         import keyring
     except ImportError as exc:
-        raise ConfigurationError("keyring_tokens needs the keyring: pip install 'layer-async[keyring]'.") from exc
+        raise ConfigurationError(
+            "keyring_tokens needs the keyring: "
+            "pip install 'layer-async[keyring]' (in a checkout: pip install '.[keyring]')."
+        ) from exc
     return _KeyringTokens(service, keyring.get_password)
 
 

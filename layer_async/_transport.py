@@ -124,7 +124,11 @@ class LayerTransport(httpx.AsyncHTTPTransport):
         trust_env: bool = True,
         pool: ConnectionPool | None = None,
     ) -> None:
-        self.pool = ConnectionPool(limits) if pool is None else pool
+        if pool is not None and not isinstance(pool, ConnectionPool):
+            raise ConfigurationError(f"pool must be a ConnectionPool, not {type(pool).__name__}.")
+        if not isinstance(limits, httpx.Limits):
+            raise ConfigurationError(f"limits must be httpx.Limits, not {type(limits).__name__}.")
+        self.pool: ConnectionPool = ConnectionPool(limits) if pool is None else pool
         context = ssl_context(verify, trust_env=trust_env)
         if proxy is not None:
             proxy = checked_proxy(proxy, context)

@@ -62,7 +62,7 @@ PIPE_BUF = 4096  # as much as a pipe that is ready takes without blocking
 PLAIN_INTERVAL = 5.0
 NOTABLE_WAIT = 5.0
 
-app = App(
+app: App = App(
     name="layer-async",
     help=(
         "Call The Layer's web API. Tokens are read from LAYER_TOKEN1 and LAYER_TOKEN2, or from the files that "
@@ -401,7 +401,9 @@ class Tally:
     def __init__(self, verb: str, total: int | None = None) -> None:
         self.verb = verb
         self.total = total
-        self.done = self.failed = self.retries = 0
+        self.done: int = 0
+        self.failed: int = 0
+        self.retries: int = 0
         self.show: Callable[[], None] = lambda: None
 
     def __str__(self) -> str:

@@ -23,8 +23,10 @@ try:
     from fastapi.requests import HTTPConnection
     from fastapi.responses import JSONResponse
     from fastapi.websockets import WebSocketDisconnect, WebSocketState
-except ImportError as exc:
-    raise ImportError("this module needs FastAPI: pip install 'layer-async[fastapi]'") from exc
+except ImportError as _missing:
+    raise ImportError(
+        "this module needs FastAPI: pip install 'layer-async[fastapi]' (in a checkout: pip install '.[fastapi]')"
+    ) from _missing
 
 from . import (
     APIConnectionError,
@@ -42,7 +44,7 @@ from . import (
 
 __all__ = ["LayerClient", "add_error_handlers", "layer_client", "lifespan"]
 
-logger = logging.getLogger("layer_async.fastapi")
+logger: logging.Logger = logging.getLogger("layer_async.fastapi")
 
 
 def lifespan(

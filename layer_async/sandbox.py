@@ -45,8 +45,11 @@ try:
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
-except ImportError as exc:
-    raise ImportError("the sandbox needs starlette and uvicorn: pip install 'layer-async[sandbox]'") from exc
+except ImportError as _missing:
+    raise ImportError(
+        "the sandbox needs starlette and uvicorn: "
+        "pip install 'layer-async[sandbox]' (in a checkout: pip install '.[sandbox]')"
+    ) from _missing
 
 __all__ = [
     "COLLECTIONS",
@@ -515,6 +518,14 @@ class _Pair:
     read_only: bool
 
 
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(each, str) and each for each in value)
+
+
 class Sandbox:
     """The stand-in, as an ASGI application: for uvicorn (`serve`, `run`, `spawn`) or for `httpx.ASGITransport`.
 
@@ -522,7 +533,7 @@ class Sandbox:
     ids from 1. `tokens` is the valid (Token1, Token2); None makes a pair from the seed. `quota` and `faults` say what
     it refuses and breaks. `rotate_after` replaces the pair after so many requests whose tokens were accepted (several
     numbers: after each of them). `control_key` opens `/_sandbox/` to requests that bear it as `X-Sandbox-Key`; None
-    keeps that closed. `clock` (seconds) and `sleep` are for tests. Raises ValueError for what is out of range.
+    keeps that closed. `clock` (seconds) and `sleep` are for tests. Raises ValueError for what cannot be.
 
     Below `/api/`: GET, HEAD, POST on `/api/{collection}`; GET, HEAD, PUT, PATCH, DELETE on `/api/{collection}/{id}`.
     Lists page by `page` and `page_size`, by `offset` and `limit`, or by `cursor` (empty at first) and `limit`, always
@@ -544,17 +555,26 @@ class Sandbox:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
     ) -> None:
-        after = (rotate_after,) if isinstance(rotate_after, int) else tuple(rotate_after or ())
-        if documents < 0 or any(each < 1 for each in after):
-            raise ValueError("documents must be at least 0 and rotate_after at least 1")
+        after = tuple(rotate_after) if isinstance(rotate_after, Sequence) else (rotate_after,)
+        if not _is_count(documents, 0) or not (rotate_after is None or all(_is_count(each, 1) for each in after)):
+            raise ValueError("documents must be a number of at least 0, rotate_after of at least 1")
+        if tokens is not None and not _is_pair(tokens):
+            raise ValueError("tokens must be two texts, Token1 and Token2")  # and is not quoted
+        for name, value, kind in (
+            ("quota", quota, Quota),
+            ("faults", faults, Faults),
+            ("control_key", control_key, str),
+        ):
+            if not isinstance(value, kind) and (value is not None or name == "faults"):
+                raise ValueError(f"{name} must be {kind.__name__}, not {type(value).__name__}")
         self.seed = seed
         self.documents = documents
-        self.record = Record(seed)
+        self.record: Record = Record(seed)
         self.faults = faults
-        self.generation = 0
+        self.generation: int = 0
         self._collections = {name: _Collection(name, seed=seed, size=documents) for name in COLLECTIONS}
         self._meter = None if quota is None else _Meter(quota, clock())
-        self._rotate_after = frozenset(after)
+        self._rotate_after = frozenset(each for each in after if each is not None)
         self._accepted = 0
         self._drawn: Counter[str] = Counter()
         self._outage_until = -math.inf
@@ -1015,7 +1035,7 @@ class SandboxProcess:
         self, process: subprocess.Popen[bytes], *, url: str, seed: int, documents: int, control_key: str
     ) -> None:
         self.url = url
-        self.pid = process.pid
+        self.pid: int = process.pid
         self.seed = seed
         self.documents = documents
         self._process = process

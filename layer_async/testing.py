@@ -16,8 +16,11 @@ from anyio.from_thread import start_blocking_portal
 try:
     import pytest
     import respx
-except ImportError as exc:
-    raise ImportError("this module needs pytest and respx: pip install 'layer-async[testing]'") from exc
+except ImportError as _missing:
+    raise ImportError(
+        "this module needs pytest and respx: "
+        "pip install 'layer-async[testing]' (in a checkout: pip install '.[testing]')"
+    ) from _missing
 
 from . import AsyncLayerClient, TokenPair
 from .sandbox import Sandbox

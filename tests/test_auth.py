@@ -8,6 +8,7 @@ import functools
 import logging
 import pathlib
 import pickle
+import random
 import sys
 import threading
 import traceback
@@ -24,10 +25,22 @@ import httpx
 import pytest
 import respx
 
-from layer_async._auth import DualTokenAuth
-from layer_async._errors import AuthenticationError, ConfigurationError, LayerError, MissingTokensError
+from layer_async import AsyncLayerClient
+from layer_async._auth import DualTokenAuth, _Circuit
+from layer_async._errors import (
+    APIConnectionError,
+    AuthenticationError,
+    ConfigurationError,
+    LayerError,
+    MissingTokensError,
+    RateLimitError,
+    RequestInfo,
+    ServerError,
+)
 from layer_async._exchange import ExchangeRecord
 from layer_async._origin import Origin
+from layer_async._retry import RetryMiddleware, RetryPolicy
+from layer_async._telemetry import CallFinished, Event
 from layer_async._tokens import TokenPair, TokenSource, env_tokens, file_tokens, keyring_tokens, resolve_tokens
 
 BASE = "https://webapi.thelayer.com"
@@ -319,6 +332,8 @@ def test_an_auth_refuses_wrong_tokens_and_origins() -> None:
     with pytest.raises(ConfigurationError, match="not https"):
         DualTokenAuth(pair(1), origin="http://webapi.thelayer.com")
     assert DualTokenAuth(pair(1), origin="http://gateway.internal", allow_http=True).origin.host == "gateway.internal"
+    with pytest.raises(ConfigurationError, match="on_refresh must be callable, and int is not"):
+        make_auth(pair(1), on_refresh=0)
     origin = Origin.parse(BASE)
     assert DualTokenAuth(pair(1), origin=origin).origin is origin
 
@@ -936,19 +951,109 @@ async def test_a_source_that_raises_fails_all_who_wait_with_that_one_error(expir
         asked = source.asked
         with anyio.fail_after(5):
             results = await gather(1000, lambda index: client.get(f"/{index}"))
-            assert all(result is error for result in results)
+            assert {type(result) for result in results} == {VaultError}
+            assert {str(result) for result in results} == {"sealed"}
+            assert len({id(result) for result in results}) == 1000
             assert source.asked == asked + 1
             clock.now += 0.999
-            with pytest.raises(VaultError) as caught:
+            with pytest.raises(VaultError, match="sealed") as caught:
                 await client.get("/x")
-            assert caught.value is error
+            assert caught.value is not error
             assert source.asked == asked + 1
             source.answers = [2]
             server.valid = {2}
             clock.now += 0.002
             assert (await client.get("/x")).status_code == 200
             assert source.asked == asked + 2
+    assert all(len(traceback.extract_tb(result.__traceback__)) < 40 for result in (*results, caught.value, error))
+
+
+class OddError(Exception):
+    """Copied, it would say something else."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"code {code}")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("error", [OddError(7), httpx.HTTPStatusError("503", request=None, response=None)])  # type: ignore[arg-type]
+async def test_an_error_of_a_source_that_cannot_be_copied_is_raised_itself(error: Exception) -> None:
+    async with Server().client(make_auth(Source(error))) as client:
+        with anyio.fail_after(5):
+            results = await gather(50, lambda index: client.get(f"/{index}"))
+    assert all(result is error for result in results)
     assert len(traceback.extract_tb(error.__traceback__)) < 40
+
+
+SOURCE_ERRORS = [
+    httpx.ConnectError("the vault is down"),
+    httpx.ReadTimeout("the vault is slow"),
+    httpx.InvalidURL("no vault there"),
+    RateLimitError("the vault is busy", status_code=429, retry_after=30.0, request=RequestInfo("GET", "https://vault")),
+    ServerError("the vault fails", status_code=503, request=RequestInfo("GET", "https://vault"), maybe_processed=True),
+    APIConnectionError("the vault is away"),
+    VaultError("sealed"),
+]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("error", SOURCE_ERRORS, ids=repr)
+@pytest.mark.parametrize("expired", [True, False])
+async def test_what_a_source_raises_is_no_failure_of_the_api(error: Exception, expired: bool) -> None:
+    raised = copy.copy(error)
+    source = Source(1, raised) if expired else Source(raised)
+    events: list[Event] = []
+    server = Server(1)
+    async with AsyncLayerClient(
+        tokens=source, base_url=BASE, transport=httpx.MockTransport(server), observer=events.append
+    ) as client:
+        if expired:
+            await client.get("/x")
+            server.valid = set()
+        tokens, asked, seen = client._corridor.identity.budget.tokens, source.asked, len(server.seen)
+        events.clear()
+        with anyio.fail_after(5):
+            results = await gather(5, lambda index: client.post(f"/{index}", json={}))
+        assert (source.asked - asked, len(server.seen) - seen) == (1, 5 * expired)
+        assert client._corridor.identity.budget.tokens == tokens
+        assert not client._corridor.identity.gate.is_shut
+    assert {(type(result), result.args) for result in results} == {(type(error), error.args)}
+    assert len({id(result) for result in results}) == 5
+    assert [type(event) for event in events] == [CallFinished] * 5
+    for number, result in enumerate(results):
+        if isinstance(error, LayerError):
+            assert isinstance(result, LayerError)
+            assert result.request == (error.request or RequestInfo("POST", f"{BASE}/{number}"))
+            assert result.attempts == ()
+            assert result.maybe_processed == error.maybe_processed
+
+
+@pytest.mark.anyio
+async def test_an_error_of_a_source_about_its_own_request_is_told_nothing_of_this_one() -> None:
+    error = ServerError("no secondary-1 there", status_code=503, request=RequestInfo("GET", "https://vault"))
+    answers = iter([503, 401])
+    async with AsyncLayerClient(
+        tokens=Source(1, error),
+        base_url=BASE,
+        transport=httpx.MockTransport(lambda request: httpx.Response(next(answers))),
+        retry=RetryPolicy(backoff_initial=1e-9),
+    ) as client:
+        with pytest.raises(ServerError) as caught:
+            await client.get("/x")
+    assert caught.value is error
+    assert (error.args, error.attempts) == (("no secondary-1 there",), ())
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("error", SOURCE_ERRORS, ids=repr)
+async def test_what_a_source_raises_passes_the_middleware_over_a_bare_client(error: Exception) -> None:
+    source = Source(error)
+    retry = RetryMiddleware(RetryPolicy(backoff_initial=1e-9))
+    async with Server().client(make_auth(source)) as client:
+        with anyio.fail_after(5), pytest.raises(type(error)) as caught:
+            await retry(client.build_request("POST", "/x"), client.send)
+    assert (source.asked, retry.budget.tokens) == (1, 100)
+    assert caught.value.args == error.args
 
 
 @pytest.mark.anyio
@@ -959,8 +1064,7 @@ async def test_a_source_that_raises_in_a_thread_fails_all_who_wait_with_that_one
     async with Server().client(make_auth(source)) as client:
         with anyio.fail_after(5):
             results = await gather(10, lambda index: client.get(f"/{index}"))
-    assert len({id(result) for result in results}) == 1
-    assert isinstance(results[0], VaultError)
+    assert {(type(result), str(result)) for result in results} == {(VaultError, "sealed")}
 
 
 @pytest.mark.anyio
@@ -1202,6 +1306,132 @@ class SlowServer(Server):
 
     def slow_client(self, auth: httpx.Auth) -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=httpx.MockTransport(self.answer), auth=auth, base_url=BASE)
+
+
+class PickySource(Source):
+    """Its pairs are all good, and yet `/bad` refuses them: it always has a newer one."""
+
+    def __init__(self) -> None:
+        super().__init__(*range(1, 10_000))
+
+
+class PickyServer(SlowServer):
+    """Accepts every pair, but at `/bad…`."""
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.seen.append((request.url.path, request.headers.get("token1"), None))
+        return httpx.Response(401 if request.url.path.startswith("/bad") else 200)
+
+
+@pytest.mark.anyio
+async def test_a_success_of_a_call_still_under_way_with_the_pair_before_counts_as_one_between() -> None:
+    server, auth = PickyServer(), make_auth(PickySource())
+    async with server.slow_client(auth) as client:
+        async with anyio.create_task_group() as group:
+            await client.get("/x")
+            group.start_soon(client.get, "/late")
+            await settle()
+            assert (await client.get("/bad")).status_code == 401
+            server.told.set()
+        assert (await client.get("/bad")).status_code == 401
+        assert auth.generation == 3
+        assert (await client.get("/x")).status_code == 200
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("sent_with", [1, 2, None])
+async def test_an_open_circuit_is_closed_by_a_late_success_of_a_refused_pair_only(sent_with: int | None) -> None:
+    server, auth = PickyServer(), make_auth(PickySource())
+    async with server.slow_client(auth) as client:
+        await client.get("/x")
+        async with anyio.create_task_group() as group:
+            for generation in (1, 2):
+                if sent_with == generation:
+                    group.start_soon(client.get, "/late")
+                    await settle()
+                assert (await client.get("/bad")).status_code == 401
+            with pytest.raises(AuthenticationError):
+                await client.get("/y")
+            server.told.set()
+        if sent_with == 2:
+            assert (await client.get("/x")).status_code == 200
+        else:
+            with pytest.raises(AuthenticationError):
+                await client.get("/x")
+
+
+@pytest.mark.anyio
+async def test_a_success_from_before_the_last_but_one_pair_is_none_between() -> None:
+    server, auth = PickyServer(), make_auth(PickySource())
+    async with server.slow_client(auth) as client:
+        async with anyio.create_task_group() as group:
+            await client.get("/x")
+            group.start_soon(client.get, "/late")  # with the first pair
+            await settle()
+            await client.get("/bad")
+            await client.get("/x")  # with the second, which is therefore not fresh any more
+            await client.get("/bad")
+            assert auth.generation == 3
+            server.told.set()
+        assert (await client.get("/bad")).status_code == 401
+        with pytest.raises(AuthenticationError):
+            await client.get("/x")
+
+
+def test_a_late_success_of_the_pair_before_says_nothing_of_a_pair_refused_on_two_paths() -> None:
+    circuit = _Circuit()
+    for generation in (2, 3):
+        circuit.meet_new_pair()
+        opens = circuit.meet_refusal(generation)
+    assert opens
+    error = AuthenticationError("refused", status_code=401)
+    circuit.open(error, 0.0)
+    circuit.meet_final_refusal("/a")
+    assert circuit.meet_final_refusal("/b")
+    circuit.meet_late_success(2)
+    assert circuit.error is error
+    assert circuit.fresh == 0
+
+
+@pytest.mark.anyio
+async def test_a_late_success_of_an_older_pair_does_not_make_the_current_one_fresh_again() -> None:
+    server, source = SlowServer(1, 2), Source(1, 2, 3, 4)
+    async with server.slow_client(make_auth(source)) as client:
+        async with anyio.create_task_group() as group:
+            await client.get("/x")
+            group.start_soon(client.get, "/late")
+            await settle()
+            server.valid = {2}
+            assert (await client.get("/x")).status_code == 200
+            server.told.set()
+        server.valid = {4}
+        assert (await client.get("/x")).status_code == 401
+        assert (await client.get("/x")).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_one_path_that_is_always_refused_amid_a_crowd_of_successes_stops_nobody() -> None:
+    chance = random.Random(1)
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        for _ in range(chance.randrange(1, 20)):
+            await anyio.lowlevel.checkpoint()
+        return server(request)
+
+    server, auth = PickyServer(), make_auth(PickySource())
+    limiter = anyio.CapacityLimiter(50)
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), auth=auth, base_url=BASE) as client:
+
+        async def call(index: int) -> httpx.Response:
+            async with limiter:
+                return await client.get("/bad" if index % 10 == 9 else f"/{index}")
+
+        results = await gather(1000, call)
+    assert Counter((type(result), result.status_code) for result in results) == {
+        (httpx.Response, 200): 900,
+        (httpx.Response, 401): 100,
+    }
+    assert auth.generation > 3
 
 
 @pytest.mark.anyio

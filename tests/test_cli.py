@@ -833,7 +833,10 @@ def test_main_without_the_extra_says_what_to_install(
     monkeypatch.delitem(sys.modules, "layer_async.cli")
     monkeypatch.setitem(sys.modules, "cyclopts", None)
     assert enter(monkeypatch) == 2
-    assert capsys.readouterr().err == "layer-async: cyclopts is missing: pip install 'layer-async[cli]'\n"
+    assert capsys.readouterr().err == (
+        "layer-async: cyclopts is missing, which the extra `cli` brings: "
+        "pip install 'layer-async[cli]' (in a checkout: pip install '.[cli]')\n"
+    )
 
 
 def test_the_package_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -897,7 +897,11 @@ async def test_a_view_with_other_tokens_has_its_own_state(client: AsyncLayerClie
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(client.get, "/api/x")
         await anyio.wait_all_tasks_blocked()
-        await view.get("/api/x")
+        assert client._corridor.identity.gate.is_shut
+        with anyio.fail_after(5):
+            assert (await view.get("/api/x")).status_code == 200
+        assert not view._corridor.identity.gate.is_shut
+        assert view._corridor.identity.budget is not client._corridor.identity.budget
         tasks.cancel_scope.cancel()
 
 
@@ -1090,3 +1094,23 @@ async def test_an_unknown_option_or_method_is_refused(client: AsyncLayerClient, 
     for method in methods:
         with pytest.raises(ConfigurationError, match="no method"):
             await client.request(method, "/api/x")
+
+
+@pytest.mark.parametrize("path", ["https://evil.invalid/x?q=5ecret", "//evil.invalid/x?q=5ecret", "\\x", 7, None])
+@pytest.mark.parametrize("where", ["gate", "queue"])
+async def test_a_path_that_leads_elsewhere_is_refused_before_the_call_waits_for_anything(path: Any, where: str) -> None:
+    limits = httpx.Limits(max_connections=1)
+    async with make(limits=limits, deadline=None) as client:
+        slot = None
+        if where == "gate":
+            client._corridor.identity.gate.shut(60)
+        else:
+            slot = await client.pool.acquire()
+        with anyio.fail_after(5), pytest.raises(ConfigurationError) as caught:
+            await client.get(path)
+        assert "5ecret" not in str(caught.value)
+        with anyio.fail_after(5), pytest.raises(ConfigurationError):
+            async with client.stream("GET", path):
+                pass
+        if slot is not None:
+            slot.release()

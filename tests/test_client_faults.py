@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import gzip
+import pickle
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import pytest
 
@@ -112,7 +116,11 @@ async def test_a_header_that_is_not_ascii_does_not_hide_the_status() -> None:
     assert (b"X-Info", b"caf\xe9") in caught.value.headers.raw
 
 
-async def test_a_401_whose_body_breaks_off_leads_to_a_refresh_all_the_same() -> None:
+@pytest.mark.parametrize("hooked", [False, True])  # with a hook, httpx drives the auth
+async def test_a_401_whose_body_breaks_off_leads_to_a_refresh_all_the_same(hooked: bool) -> None:
+    async def hook(response: httpx.Response) -> None:
+        assert response.status_code in (200, 401)
+
     def refuse(ex: Exchange) -> None:
         if ex.request.headers["token1"] == "faults-token-new":
             ex.respond(b"{}")
@@ -124,6 +132,7 @@ async def test_a_401_whose_body_breaks_off_leads_to_a_refresh_all_the_same() -> 
     with FaultServer() as server:
         server.behaviours["refuse"] = refuse
         async with make(server, tokens=lambda: next(pairs)) as client:
+            client.http.event_hooks = {"response": [hook] if hooked else []}
             await client.post("/refuse/1", json={})
     assert len(server.record.requests) == 2
 
@@ -200,3 +209,87 @@ async def test_closing_a_client_over_a_transport_of_ones_own_closes_that() -> No
     await client.get("/x")
     await client.aclose()
     assert client.http.is_closed
+
+
+@pytest.mark.parametrize("reader", ["aiter_raw", "aiter_bytes", "aiter_text", "aiter_lines"])
+@pytest.mark.parametrize("end", ["break", "error", "cancel"])
+@pytest.mark.parametrize("limit", [None, 10**7])
+async def test_a_stream_that_is_left_half_way_leaves_no_generator_behind(
+    reader: str, end: str, limit: int | None
+) -> None:
+    """trio warns of a generator that the garbage collector finds, and a warning is an error here."""
+    lines = b"a line\n" * 100_000
+    with FaultServer() as server:
+        server.behaviours["lines"] = lambda ex: ex.respond(lines)
+        async with make(server) as client:
+            seen = 0
+            with contextlib.suppress(ZeroDivisionError), anyio.CancelScope() as scope:
+                async with client.stream("GET", "/lines/1", max_response_bytes=limit) as response:
+                    async for piece in getattr(response, reader)():
+                        seen += len(piece)
+                        if end == "error":
+                            raise ZeroDivisionError
+                        if end == "cancel":
+                            scope.cancel()
+                            await anyio.sleep_forever()
+                        break
+            assert 0 < seen < len(lines)
+            del response
+            gc.collect()
+            assert client.pool.stats.in_use == client.pool.stats.open == 0
+            assert (await client.get("/ok/1")).status_code == 200
+
+
+async def test_a_stream_that_another_task_still_reads_is_ended_there() -> None:
+    errors: list[BaseException] = []
+
+    async def read(response: httpx.Response) -> None:
+        try:
+            async for _ in response.aiter_bytes():
+                pass
+        except httpx.HTTPError as exc:
+            errors.append(exc)
+
+    with FaultServer() as server:
+        async with make(server) as client, anyio.create_task_group() as tasks:
+            with anyio.fail_after(5):
+                async with client.stream("GET", "/stall/1") as response:
+                    tasks.start_soon(read, response)
+                    for _ in range(20):
+                        await anyio.lowlevel.checkpoint()
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # trio warns of the generators that are httpx's own
+async def test_an_endless_stream_of_a_transport_of_ones_own_is_left_all_the_same() -> None:
+    class Endless(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            while True:
+                yield b"more"
+                await anyio.lowlevel.checkpoint()
+
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Endless()))
+    async with AsyncLayerClient(tokens=PAIR, transport=transport) as client:
+        with anyio.fail_after(5):
+            async with client.stream("GET", "/x") as response:
+                async for piece in response.aiter_bytes():
+                    assert piece == b"more"
+                    break
+    assert response.is_closed
+
+
+async def test_a_response_that_was_streamed_can_be_pickled_once_it_is_read() -> None:
+    with FaultServer() as server:
+        async with make(server) as client, client.stream("GET", "/ok/1") as response:
+            content = await response.aread()
+            assert pickle.loads(pickle.dumps(response)).content == content
+
+
+async def test_a_streamed_response_of_a_class_of_ones_own_stays_one() -> None:
+    class Own(httpx.Response):
+        pass
+
+    transport = httpx.MockTransport(lambda request: Own(200, content=b"x"))
+    async with AsyncLayerClient(tokens=PAIR, transport=transport) as client, client.stream("GET", "/x") as response:
+        assert type(response) is Own
+        assert await response.aread() == b"x"

@@ -347,4 +347,7 @@ def test_without_fastapi_the_import_says_what_to_install() -> None:
     code = "import sys; sys.modules['fastapi'] = None; import layer_async.fastapi"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 1
-    assert process.stderr.strip().endswith("ImportError: this module needs FastAPI: pip install 'layer-async[fastapi]'")
+    assert process.stderr.strip().endswith(
+        "ImportError: this module needs FastAPI: "
+        "pip install 'layer-async[fastapi]' (in a checkout: pip install '.[fastapi]')"
+    )

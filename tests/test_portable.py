@@ -204,6 +204,7 @@ async def test_what_comes_after_the_answer_is_noticed_when_it_comes(server: Faul
         with anyio.fail_after(5):
             while connection.is_reusable():
                 await anyio.sleep(0.001)
+        assert not connection.is_alive()
 
 
 async def test_session_tickets_that_come_late_are_no_reason_to_close() -> None:
@@ -258,6 +259,35 @@ async def test_bodies_come_whole_in_whatever_pieces(server: FaultServer, path: s
     with connection_to(server) as connection:
         assert await call(connection, f"{server.url}/{path}") == body
         assert connection.is_reusable()
+
+
+async def test_an_answer_framed_twice_is_the_last_one_on_its_connection(server: FaultServer) -> None:
+    """RFC 9112 section 6.3: Transfer-Encoding overrides Content-Length, and somebody may be smuggling."""
+    for number, headers in enumerate(["Transfer-Encoding: chunked", "transfer-encoding: chunked\r\nCONTENT-LENGTH: 7"]):
+        answer = b"HTTP/1.1 200 OK\r\n" + headers.encode() + b"\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+        server.behaviours["framed"] = lambda ex, answer=answer: ex.send(answer)  # type: ignore[misc]
+        with connection_to(server) as connection:
+            assert await call(connection, f"{server.url}/framed") == b"ok"
+            assert connection.is_reusable() is (number == 0)
+
+
+@pytest.mark.parametrize(
+    ("version", "is_known"), [("1.0", True), ("1.1", True), ("1.2", True), ("2.0", False), ("0.9", False)]
+)
+async def test_an_answer_of_another_major_version_is_not_believed(
+    server: FaultServer, version: str, is_known: bool
+) -> None:
+    answer = f"HTTP/{version} 200 OK\r\nContent-Length: 2\r\n\r\nok".encode()
+    server.behaviours["version"] = lambda ex: ex.send(answer)
+    record = ExchangeRecord()
+    with connection_to(server) as connection:
+        if is_known:
+            assert await call(connection, f"{server.url}/version") == b"ok"
+        else:
+            with pytest.raises(httpcore.RemoteProtocolError, match=f"HTTP/{version}"):
+                await call(connection, f"{server.url}/version", record=record)
+            assert not connection.is_alive()
+            assert (record.response_started, record.head_received) == (True, False)
 
 
 async def test_what_is_not_http_is_an_error(server: FaultServer) -> None:
@@ -654,6 +684,8 @@ async def test_a_cancelled_attempt_leaves_no_socket_once_its_connection_is_close
     with anyio.fail_after(5):
         while server.open_connections:
             await anyio.sleep(0.001)
+    assert server.record.connections == 1
+    assert not connection._wire.sockets
 
 
 # Being fair

@@ -458,10 +458,29 @@ def test_a_quota_of_nothing_is_a_value_error(wrong: dict[str, Any]) -> None:
         Quota(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"documents": -1}, {"rotate_after": 0}, {"rotate_after": [5, 0]}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"documents": -1},
+        {"documents": "5"},
+        {"documents": True},
+        {"documents": None},
+        {"rotate_after": 0},
+        {"rotate_after": [5, 0]},
+        {"rotate_after": "7"},
+        {"tokens": "hush"},
+        {"tokens": ("hush",)},
+        {"tokens": ("hush", "")},
+        {"tokens": ("hush", 7)},
+        {"quota": 7},
+        {"faults": None},
+        {"control_key": b"hush"},
+    ],
+)
 def test_a_sandbox_of_the_impossible_is_a_value_error(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="at least"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}.* must be|, {next(iter(wrong))} of at least") as caught:
         Sandbox(**wrong)
+    assert "hush" not in str(caught.value)
 
 
 # --- faults

@@ -141,6 +141,23 @@ async def test_a_view_that_cannot_be_made_leaves_no_secret_in_its_frames() -> No
             assert "5ecret" not in shown(caught.value)
 
 
+async def test_what_a_401_echoes_is_in_no_frame_when_the_source_fails_then() -> None:
+    pairs = [TokenPair(ONE, TWO)]
+
+    def source() -> TokenPair:
+        return pairs.pop()  # the second time, an IndexError
+
+    def refuse(ex: Exchange) -> None:
+        ex.respond(ex.request.headers["token1"].encode(), status="401 Unauthorized")
+
+    with FaultServer() as server:
+        server.behaviours["refuse"] = refuse
+        async with AsyncLayerClient(tokens=source, base_url=server.url) as client:
+            with pytest.raises(IndexError) as caught:
+                await client.get("/refuse/1")
+    assert "5ecret" not in shown(caught.value)
+
+
 async def test_a_request_of_a_call_is_shown_without_its_query() -> None:
     seen: list[httpx.Request] = []
 

@@ -24,8 +24,10 @@ from layer_async._telemetry import (
 REQUEST = RequestInfo("GET", "https://host.invalid/x")
 
 
-def test_without_an_observer_nothing_happens() -> None:
+def test_without_an_observer_nothing_is_told_and_nothing_goes_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "layer_async")
     notify(None, GateShut(1.0))
+    assert caplog.records == []
 
 
 def test_the_logging_observer_says_each_event_in_a_line_at_its_level(caplog: pytest.LogCaptureFixture) -> None:
@@ -76,7 +78,10 @@ def test_the_opentelemetry_observer_takes_the_global_provider_and_says_which_ext
 ) -> None:
     OpenTelemetryObserver()(GateShut(1.0))
     monkeypatch.setitem(sys.modules, "opentelemetry.metrics", None)
-    with pytest.raises(ConfigurationError, match="needs the extra `otel`"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"needs the extra `otel`: pip install 'layer-async\[otel\]' \(in a checkout: pip install '\.\[otel\]'\)",
+    ):
         OpenTelemetryObserver()
 
 

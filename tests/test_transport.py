@@ -527,6 +527,29 @@ async def test_of_a_socks_proxy_that_hangs_up_nothing_is_counted() -> None:
         assert (record.bytes_written, record.response_started, record.phase) == (0, False, "connect")
 
 
+@pytest.mark.parametrize("answers", [[], [b"\x05\x00"]])
+async def test_a_socks_proxy_that_does_not_go_on_ends_in_a_connect_timeout(answers: list[bytes]) -> None:
+    pytest.importorskip("socksio")
+
+    class Silent(FaultServer):
+        def _socks(self, pipe: Any, sock: Any, chance: Any) -> Any:
+            for answer in answers:
+                pipe.send(answer)
+                pipe.recv()
+            pipe.recv()
+            Exchange.close(None)  # type: ignore[arg-type]
+
+    with Silent() as proxy:
+        transport = transport_for(proxy=proxy.url.replace("http", "socks5"))
+        async with httpx.AsyncClient(transport=transport) as client:
+            request = client.build_request("POST", "http://origin.invalid/ok", timeout=httpx.Timeout(30, connect=0.01))
+            with anyio.fail_after(10), pytest.raises(httpx.ConnectTimeout, match="SOCKS"):
+                await client.send(request)
+        record = request.extensions[EXTENSION]
+        assert (record.bytes_written, record.phase) == (0, "connect")
+        assert_nothing_in_use(transport.pool)
+
+
 @pytest.mark.parametrize("proxy", ["gopher://127.0.0.1", "http://user:hunter2@host:port", 7, "127.0.0.1:80"])
 def test_what_is_no_proxy_is_refused_without_quoting_it(proxy: Any) -> None:
     for make in (LayerTransport, HTTPClient):
@@ -534,6 +557,12 @@ def test_what_is_no_proxy_is_refused_without_quoting_it(proxy: Any) -> None:
             make(proxy=proxy)
         assert "hunter2" not in str(caught.value)
         assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(("name", "words"), [("pool", "a ConnectionPool"), ("limits", "httpx.Limits")])
+def test_a_pool_and_limits_of_another_kind_are_refused(name: str, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} must be {words}, not int"):
+        LayerTransport(**{name: 7})  # type: ignore[arg-type]
 
 
 # The client
