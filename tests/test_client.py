@@ -795,6 +795,17 @@ async def test_errors_of_others_inside_a_stream_block_pass_untouched(
             raise LayerError("of another call", request=errors.RequestInfo("GET", "https://x.invalid/"))
     assert caught.value.request == errors.RequestInfo("GET", "https://x.invalid/")
 
+    class Relayed(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b"a"
+            raise caught.value
+
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Relayed()))
+    async with make(transport=transport) as relaying, relaying.stream("GET", "/api/x") as response:
+        with pytest.raises(LayerError, match="of another call"):
+            await response.aread()
+    assert caught.value.request == errors.RequestInfo("GET", "https://x.invalid/")
+
 
 # Many calls
 
