@@ -51,6 +51,7 @@ except ImportError as exc:
 __all__ = [
     "COLLECTIONS",
     "FAULT_KINDS",
+    "PAGING_KINDS",
     "Faults",
     "Quota",
     "Record",
@@ -74,6 +75,7 @@ NOTE = (
 FORBIDDEN = "invoices"  # a resource whose level no pair of the sandbox has
 BODY_LIMIT = 2**20
 PAGE_LIMIT = 200
+PAGING_KINDS = ("steady", "shifting", "repeating", "circular")
 DRIPS = 8
 
 # --- the data: invented firms; telephone numbers from the ranges that Ofcom keeps free for fiction -------------------
@@ -524,10 +526,16 @@ class Sandbox:
     numbers: after each of them). `control_key` opens `/_sandbox/` to requests that bear it as `X-Sandbox-Key`; None
     keeps that closed. `clock` (seconds) and `sleep` are for tests. Raises ValueError for what is out of range.
 
+    `paging` is one of `PAGING_KINDS`. "shifting": as if before each page but the first one more document had been put
+    before all others, so that a page by number or offset begins with the last document of the page before.
+    "repeating": the last page once more in place of an empty one behind the end. "circular": the cursor and the links
+    of the last page lead to the first.
+
     Below `/api/`: GET, HEAD, POST on `/api/{collection}`; GET, HEAD, PUT, PATCH, DELETE on `/api/{collection}/{id}`.
     Lists page by `page` and `page_size`, by `offset` and `limit`, or by `cursor` (empty at first) and `limit`, always
-    with a `Link` to the next. `/api/invoices` needs a level that no pair has (403); the pair `read_only_tokens` gets
-    403 for all but GET, HEAD and OPTIONS. The `request_key` in a POST's body tells `record` which POSTs are the same.
+    with a link to the next, in the header `Link` and as `next`. `/api/invoices` needs a level that no pair has (403);
+    the pair `read_only_tokens` gets 403 for all but GET, HEAD and OPTIONS. The `request_key` in a POST's body tells
+    `record` which POSTs are the same.
     `record` says what happened.
     """
 
@@ -540,6 +548,7 @@ class Sandbox:
         quota: Quota | None = None,
         faults: Faults = Faults(),
         rotate_after: int | Sequence[int] | None = None,
+        paging: str = "steady",
         control_key: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
@@ -547,6 +556,8 @@ class Sandbox:
         after = (rotate_after,) if isinstance(rotate_after, int) else tuple(rotate_after or ())
         if documents < 0 or any(each < 1 for each in after):
             raise ValueError("documents must be at least 0 and rotate_after at least 1")
+        if paging not in PAGING_KINDS:
+            raise ValueError(f"paging must be one of {', '.join(PAGING_KINDS)}")
         self.seed = seed
         self.documents = documents
         self.record = Record(seed)
@@ -555,6 +566,7 @@ class Sandbox:
         self._collections = {name: _Collection(name, seed=seed, size=documents) for name in COLLECTIONS}
         self._meter = None if quota is None else _Meter(quota, clock())
         self._rotate_after = frozenset(after)
+        self._paging = paging
         self._accepted = 0
         self._drawn: Counter[str] = Counter()
         self._outage_until = -math.inf
@@ -742,7 +754,9 @@ class Sandbox:
         if method not in allowed.split(", "):
             raise HTTPException(405, "This method is not allowed here.", {"Allow": allowed})
         if not number:
-            return await self._create(request, collection) if method == "POST" else _page(request, collection)
+            if method == "POST":
+                return await self._create(request, collection)
+            return _page(request, collection, self._paging)
         return await self._document(request, collection, int(number))
 
     async def _create(self, request: Request, collection: _Collection) -> _Answer:
@@ -853,7 +867,7 @@ def _whole(request: Request, name: str, default: int, *, least: int = 1, most: i
     return int(text)
 
 
-def _page(request: Request, collection: _Collection) -> _Answer:
+def _page(request: Request, collection: _Collection, paging: str) -> _Answer:
     """One page of a collection, in the way that the query asks for."""
     query, total = request.query_params, len(collection)
     if "cursor" in query:
@@ -861,20 +875,37 @@ def _page(request: Request, collection: _Collection) -> _Answer:
         found = collection.after(_position(query["cursor"]), size + 1)
         found, more = found[:size], len(found) > size
         cursor = base64.urlsafe_b64encode(str(found[-1]["id"]).encode()).decode() if more else None
+        if paging == "circular" and not more:
+            cursor = base64.urlsafe_b64encode(b"0").decode()
         value: Document = {"data": found, "next_cursor": cursor}
-        following = f"cursor={cursor}&limit={size}"
+        first, following = "cursor=", f"cursor={cursor}"
+        sized = f"limit={size}"
     elif "offset" in query or "limit" in query:
         offset, size = _whole(request, "offset", 0, least=0), _whole(request, "limit", 50, most=PAGE_LIMIT)
-        found, more = collection.after(collection.skip(offset), size), offset + size < total
+        found, more, total = _slice(collection, offset, size, paging)
         value = {"data": found, "offset": offset, "limit": size, "total": total}
-        following = f"offset={offset + size}&limit={size}"
+        first, following, sized = "offset=0", f"offset={offset + size}", f"limit={size}"
     else:
         page, size = _whole(request, "page", 1), _whole(request, "page_size", 50, most=PAGE_LIMIT)
-        found, more = collection.after(collection.skip((page - 1) * size), size), page * size < total
+        found, more, total = _slice(collection, (page - 1) * size, size, paging)
         value = {"data": found, "page": page, "page_size": size, "pages": -(-total // size), "total": total}
-        following = f"page={page + 1}&page_size={size}"
-    link = {"Link": f'<{_root(request)}/api/{collection.name}?{following}>; rel="next"'} if more else {}
+        first, following, sized = "page=1", f"page={page + 1}", f"page_size={size}"
+    target = following if more else first if paging == "circular" else None
+    value["next"] = None if target is None else f"{_root(request)}/api/{collection.name}?{target}&{sized}"
+    link = {} if target is None else {"Link": f'<{value["next"]}>; rel="next"'}
     return _Answer(200, value, link, documents=found, collection=collection.name)
+
+
+def _slice(collection: _Collection, offset: int, size: int, paging: str) -> tuple[list[Document], bool, int]:
+    """The documents of the page that begins behind `offset` others, whether more follow, and how many there are."""
+    total = len(collection)
+    if paging == "shifting":  # the new ones, which nobody has seen, are never shown
+        new = offset // size
+        offset, total = offset - new, total + new
+        return collection.after(collection.skip(offset), size), offset + new + size < total, total
+    if paging == "repeating":
+        offset = min(offset, max(0, total - 1) // size * size)
+    return collection.after(collection.skip(offset), size), offset + size < total, total
 
 
 def _position(cursor: str) -> int:
