@@ -308,6 +308,8 @@ class _Reader:
         return page
 
     def _read(self, data: bytes) -> Page:
+        if not data.strip():
+            raise ResponseDecodeError("the body is empty: a page without items has an empty list, or status 204.")
         strategy, items = self._strategy, self._items
         at = strategy.at if isinstance(strategy, Cursor | NextLink) else None
         wanted = [items if isinstance(items, tuple) else None, at, strategy.total, strategy.total_pages]

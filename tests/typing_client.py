@@ -72,9 +72,8 @@ async def paging(client: AsyncLayerClient) -> None:
         async for site in sites:
             assert_type(site, Site)
     assert_type(client.paginate("/x", pages=LinkHeader(), items=lambda document: document["data"]), Pages[Any])
-    assert_type(
-        client.paginate("/x", pages=Cursor(at=("a.b", "c")), items=("a", "b"), into=int | None), Pages[int | None]
-    )
+    cursor = Cursor(at=("a.b", "c"))
+    assert_type(client.paginate("/x", pages=cursor, items=("a", "b"), into=int | None), Pages[int | None])
 
     async def fetch(customer: Customer) -> Site:
         return await client.get(f"/x/{customer.id}", into=Site)
