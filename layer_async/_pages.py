@@ -92,9 +92,6 @@ class Pages(AsyncIterator[T]):
         """How many items were dropped because an item of the same `key` had come before."""
         return self._known.duplicates
 
-    def __repr__(self) -> str:
-        return f"<Pages by {type(self._course.strategy).__name__}, {self.pages} read>"
-
     def __aiter__(self) -> Self:
         """These items; raises `ConfigurationError` when all of them have come, or `prefetch` lacks its `async with`."""
         if self._finished:
@@ -216,6 +213,7 @@ class Pages(AsyncIterator[T]):
         self._fill_line()
         fetch = self._line[0]
         await fetch.done.wait()
+        self._check_usable()  # it may have been closed meanwhile
         self._line.popleft()
         error, fetch.error = fetch.error, None
         if error is None:
@@ -278,7 +276,7 @@ class _Fetch:
 class _Reader:
     """Makes a `Page` from an answer, within its call."""
 
-    __slots__ = ("_into", "_items", "_origin", "_strategy", "_wanted", "place")
+    __slots__ = ("_counted", "_into", "_items", "_origin", "_strategy", "_wanted", "place")
 
     def __init__(self, strategy: PageStrategy, items: ItemsAt, into: Any, origin: Origin) -> None:
         if into is not None:
@@ -288,6 +286,7 @@ class _Reader:
         self._items = items if items is None or callable(items) else key_path(items)
         self._strategy = strategy
         self._origin = origin
+        self._counted = False  # whether a page had the total
         self.place = "".join(f".{key}" for key in self._items) if isinstance(self._items, tuple) else ""
 
     def __call__(self, response: httpx.Response) -> Page:
@@ -326,8 +325,8 @@ class _Reader:
             values,
             digest=hash(text),
             found=_value(found, at, str | int | None if isinstance(strategy, Cursor) else str | None),
-            total=_count(total, strategy.total),
-            total_pages=_count(total_pages, strategy.total_pages),
+            total=self._count(total, strategy.total),
+            total_pages=self._count(total_pages, strategy.total_pages),
         )
 
     def _picked(self, items: Callable[[Any], Sequence[Any]], data: bytes) -> list[Any]:
@@ -336,24 +335,24 @@ class _Reader:
             raise ResponseDecodeError(f"items= found no list in the page, but {type(values).__name__}.")
         return list(values) if self._into is None else decode_again(values, self._wanted)
 
+    def _count(self, text: bytes | None, path: tuple[str, ...] | None) -> int | None:
+        """A total: the first page has one where pages= says so, or that is a mistake; others may go without."""
+        if path is None or (text is None and self._counted):
+            return None
+        place = "$" + "".join(f".{key}" for key in path)
+        if text is None:
+            raise ResponseDecodeError(f"the page has no total at `{place}`, where pages= looks for it.", path=place)
+        count: int | None = _value(text, path, int | None)
+        if count is not None and count < 0:
+            raise ResponseDecodeError(f"the total at `{place}` is below zero.", path=place)
+        self._counted = True
+        return count
+
 
 def _value(text: bytes | None, path: tuple[str, ...] | None, into: Any) -> Any:
     if text is None or path is None:
         return None
     return decode_bytes(text, into, at="".join(f".{key}" for key in path))
-
-
-def _count(text: bytes | None, path: tuple[str, ...] | None) -> int | None:
-    """A total; raises `ResponseDecodeError` where there is none: without it, the end could be missed silently."""
-    if path is None:
-        return None
-    place = "$" + "".join(f".{key}" for key in path)
-    if text is None:
-        raise ResponseDecodeError(f"the page has no total at `{place}`, where pages= says that it stands.", path=place)
-    count: int | None = _value(text, path, int | None)
-    if count is not None and count < 0:
-        raise ResponseDecodeError(f"a total below zero at `{place}`.", path=place)
-    return count
 
 
 class _KnownKeys:
@@ -418,9 +417,13 @@ def _check(corridor: Corridor, given: Quiet, strategy: object) -> None:
     merged_headers(corridor.headers, given.get("headers"))
     merged_params(given["path"], given.get("params"))
     own = {getattr(strategy, "param", None), getattr(strategy, "size_param", None) if strategy.size else None}
-    query = given["path"].partition("#")[0].partition("?")[2]
-    for name in own & {*httpx.QueryParams(query), *httpx.QueryParams(given.get("params"))}:
+    for name in own & _query_names(given):
         raise ConfigurationError(f"the parameter {name!r} is set by pages=: say there where to start, and the size.")
+
+
+def _query_names(given: Quiet) -> set[str]:
+    query = given["path"].partition("#")[0].partition("?")[2]
+    return {*httpx.QueryParams(query), *httpx.QueryParams(given.get("params"))}
 
 
 def _check_own(strategy: PageStrategy, items: object, key: object, remember: object, prefetch: object) -> None:

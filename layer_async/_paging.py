@@ -137,7 +137,7 @@ class PageNumber:
     total: Keys | None = attrs.field(default=None, kw_only=True, converter=optional_key_path)
     total_pages: Keys | None = attrs.field(default=None, kw_only=True, converter=optional_key_path)
 
-    counts: ClassVar[bool] = True
+    is_counted: ClassVar[bool] = True
 
     def __attrs_post_init__(self) -> None:
         _check_name("param", self.param)
@@ -179,7 +179,7 @@ class OffsetLimit:
     size: int | None = attrs.field(default=None, kw_only=True)
     total: Keys | None = attrs.field(default=None, kw_only=True, converter=optional_key_path)
 
-    counts: ClassVar[bool] = True
+    is_counted: ClassVar[bool] = True
     total_pages: ClassVar[None] = None
 
     def __attrs_post_init__(self) -> None:
@@ -214,7 +214,7 @@ class Cursor:
     size: int | None = attrs.field(default=None, kw_only=True)
     total: Keys | None = attrs.field(default=None, kw_only=True, converter=optional_key_path)
 
-    counts: ClassVar[bool] = False
+    is_counted: ClassVar[bool] = False
     total_pages: ClassVar[None] = None
 
     def __attrs_post_init__(self) -> None:
@@ -251,7 +251,7 @@ class NextLink:
     at: Keys = attrs.field(default=("next",), converter=key_path)
     total: Keys | None = attrs.field(default=None, kw_only=True, converter=optional_key_path)
 
-    counts: ClassVar[bool] = False
+    is_counted: ClassVar[bool] = False
     total_pages: ClassVar[None] = None
     size: ClassVar[None] = None
 
@@ -273,7 +273,7 @@ class LinkHeader:
     rel: str = "next"
     total: Keys | None = attrs.field(default=None, kw_only=True, converter=optional_key_path)
 
-    counts: ClassVar[bool] = False
+    is_counted: ClassVar[bool] = False
     total_pages: ClassVar[None] = None
     size: ClassVar[None] = None
 
@@ -343,12 +343,12 @@ class Course:
 
     def may_be_behind_the_end(self) -> bool:
         """Whether there may be no such page as the next: the latest was short, and no total says that there is more."""
-        return self.strategy.counts and self._was_short and self.total is None and self._last_number is None
+        return self.strategy.is_counted and self._was_short and self.total is None and self._last_number is None
 
     def ahead(self, step: Step) -> Step | None:
         """What most likely follows `step`, before its page has come; None where that cannot be known."""
         strategy, position = self.strategy, step.position + self._largest
-        if not strategy.counts or not self._largest or self.may_be_behind_the_end():
+        if not strategy.is_counted or not self._largest or self.may_be_behind_the_end():
             return None
         if self.total is not None and position >= self.total:
             return None
@@ -358,7 +358,7 @@ class Course:
 
     def _is_over(self, step: Step, page: Page) -> bool:
         count = len(page.items)
-        if not self.strategy.counts:
+        if not self.strategy.is_counted:
             return False  # its cursor or link decides, and may lead on from an empty page
         if self.total is not None:
             return self.seen >= self.total
@@ -367,7 +367,7 @@ class Course:
         return count == 0 or (self._was_short and self._was_full)
 
     def _find_following(self, step: Step, page: Page) -> Step | None:
-        if self.strategy.counts and not page.items:
+        if self.strategy.is_counted and not page.items:
             self._fail(page, self._incomplete())
             return None
         following = self.strategy._following(step.number + 1, self.seen, page.found)
