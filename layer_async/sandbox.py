@@ -869,30 +869,28 @@ def _whole(request: Request, name: str, default: int, *, least: int = 1, most: i
 
 def _page(request: Request, collection: _Collection, paging: str) -> _Answer:
     """One page of a collection, in the way that the query asks for."""
-    query, total = request.query_params, len(collection)
+    query, is_circular = request.query_params, paging == "circular"
     if "cursor" in query:
         size = _whole(request, "limit", 50, most=PAGE_LIMIT)
         found = collection.after(_position(query["cursor"]), size + 1)
         found, more = found[:size], len(found) > size
-        cursor = base64.urlsafe_b64encode(str(found[-1]["id"]).encode()).decode() if more else None
-        if paging == "circular" and not more:
-            cursor = base64.urlsafe_b64encode(b"0").decode()
+        last = found[-1]["id"] if more else 0
+        cursor = base64.urlsafe_b64encode(str(last).encode()).decode() if more or is_circular else None
         value: Document = {"data": found, "next_cursor": cursor}
-        first, following = "cursor=", f"cursor={cursor}"
-        sized = f"limit={size}"
+        following, size_param = f"cursor={cursor}", "limit"
     elif "offset" in query or "limit" in query:
         offset, size = _whole(request, "offset", 0, least=0), _whole(request, "limit", 50, most=PAGE_LIMIT)
         found, more, total = _slice(collection, offset, size, paging)
         value = {"data": found, "offset": offset, "limit": size, "total": total}
-        first, following, sized = "offset=0", f"offset={offset + size}", f"limit={size}"
+        following, size_param = f"offset={offset + size if more else 0}", "limit"
     else:
         page, size = _whole(request, "page", 1), _whole(request, "page_size", 50, most=PAGE_LIMIT)
         found, more, total = _slice(collection, (page - 1) * size, size, paging)
         value = {"data": found, "page": page, "page_size": size, "pages": -(-total // size), "total": total}
-        first, following, sized = "page=1", f"page={page + 1}", f"page_size={size}"
-    target = following if more else first if paging == "circular" else None
-    value["next"] = None if target is None else f"{_root(request)}/api/{collection.name}?{target}&{sized}"
-    link = {} if target is None else {"Link": f'<{value["next"]}>; rel="next"'}
+        following, size_param = f"page={page + 1 if more else 1}", "page_size"
+    target = f"{_root(request)}/api/{collection.name}?{following}&{size_param}={size}" if more or is_circular else None
+    value["next"] = target
+    link = {} if target is None else {"Link": f'<{target}>; rel="next"'}
     return _Answer(200, value, link, documents=found, collection=collection.name)
 
 
