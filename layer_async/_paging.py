@@ -324,7 +324,7 @@ class Course:
     def take(self, step: Step, page: Page) -> None:
         """Take in the page that `step` asked for. Raises `MalformedResponseError` for one that has come before."""
         count = len(page.items)
-        if count and page.digest in self._digests:
+        if page.digest in self._digests:
             raise MalformedResponseError(self._repeated(page), request=page.request)
         if count:
             self._digests = (*self._digests[:1], page.digest)

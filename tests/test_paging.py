@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import subprocess
 import sys
@@ -1111,6 +1112,22 @@ async def test_a_wait_that_was_cancelled_can_be_taken_up_again() -> None:
                 assert 2 in gauge.under_way
             else:
                 assert [item async for item in items] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_task_that_is_cancelled_takes_its_pages_with_it() -> None:
+    gauge = Gauge(50)
+    gauge.stuck = {3, 4, 5}
+    async with make(gauge) as client:
+        before = asyncio.all_tasks()
+        task = asyncio.create_task(read(client.paginate("/x", pages=PageNumber(), prefetch=4)))
+        while gauge.under_way != {3, 4, 5}:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert gauge.under_way == set()
+        assert asyncio.all_tasks() == before
 
 
 class Fatal(BaseException):
