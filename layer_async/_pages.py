@@ -9,7 +9,7 @@ again. A page's items are given before what is wrong with the way to the next is
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -361,13 +361,14 @@ class _KnownKeys:
     The keys themselves, since two may have one hash, and a dropped item is lost.
     """
 
-    __slots__ = ("_key", "_pages", "_place", "_remember", "duplicates")
+    __slots__ = ("_key", "_known", "_pages", "_place", "_remember", "duplicates")
 
     def __init__(self, key: ItemKey, remember: int | None, place: str) -> None:
         self._key = key
         self._remember = remember
         self._place = place
-        self._pages: deque[set[Hashable]] = deque(maxlen=1 if remember is None else remember)
+        self._known: set[Hashable] = set()
+        self._pages: deque[set[Hashable]] = deque()  # what `_known` consists of: none of them holds a key of another
         self.duplicates = 0
 
     def sift(self, items: list[Any]) -> tuple[list[Any], set[Hashable]]:
@@ -379,7 +380,7 @@ class _KnownKeys:
         for index, item in enumerate(items):
             key = self._key(item) if callable(self._key) else self._member(item, self._key, index)
             try:
-                is_known = key in keys or any(key in page for page in self._pages)
+                is_known = key in keys or key in self._known
             except TypeError:
                 raise ConfigurationError(f"key= gives {type(key).__name__}, which cannot be hashed.") from None
             if not is_known:
@@ -387,14 +388,14 @@ class _KnownKeys:
                 fresh.append(item)
         return fresh, keys
 
-    def add(self, keys: Iterable[Hashable], *, dropped: int) -> None:
-        """Remember the keys of a page that was taken in."""
+    def add(self, keys: set[Hashable], *, dropped: int) -> None:
+        """Remember the keys of a page that was taken in, and forget those of the oldest."""
         self.duplicates += dropped
-        if self._key is not None:
-            if self._remember is None and self._pages:
-                self._pages[0].update(keys)
-            else:
-                self._pages.append(set(keys))
+        self._known |= keys
+        if self._remember is not None:
+            self._pages.append(keys)
+            if len(self._pages) > self._remember:
+                self._known -= self._pages.popleft()
 
     def _member(self, item: Any, name: str, index: int) -> Hashable:
         missing = object()
