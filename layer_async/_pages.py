@@ -219,7 +219,6 @@ class Pages(AsyncIterator[T]):
         if error is None:
             assert fetch.page is not None
             return fetch.page
-        self._drop_line()
         try:
             raise error
         finally:

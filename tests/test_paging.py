@@ -33,7 +33,7 @@ from layer_async import (
     RetryPolicy,
     ServerError,
 )
-from layer_async._paging import Course, Page, _Way, find_link, key_path
+from layer_async._paging import Course, Page, Step, _Way, find_link, key_path
 from layer_async.sandbox import Sandbox, document, serve
 
 pytestmark = pytest.mark.anyio
@@ -201,29 +201,29 @@ def test_the_memory_of_the_way_does_not_grow() -> None:
     assert len(way._latest) == 1000
 
 
+def likely(course: Course, most: int = 9) -> list[Step]:
+    """The steps that are still to come, as far as `course` can guess."""
+    steps: list[Step] = []
+    step = course.following
+    while step is not None and len(steps) < most:
+        steps.append(step)
+        step = course.ahead(step)
+    return steps
+
+
 def test_what_lies_ahead_is_known_as_far_as_the_total() -> None:
     course = Course(OffsetLimit(size=10, total="total"))
     assert course.following is not None
     assert course.ahead(course.following) is None  # before the first page
     course.take(course.following, Page([0] * 10, digest=1, total=35))
-    offsets = []
-    step: Any = course.following
-    while step is not None:
-        offsets.append(step.params["offset"])
-        step = course.ahead(step)
-    assert offsets == [10, 20, 30]
+    assert [step.params["offset"] for step in likely(course)] == [10, 20, 30]
 
 
 def test_what_lies_ahead_is_known_as_far_as_the_last_page() -> None:
     course = Course(PageNumber(start=0, total_pages="pages"))
     assert course.following is not None
     course.take(course.following, Page([0] * 10, digest=1, total_pages=3))
-    numbers = []
-    step: Any = course.following
-    while step is not None:
-        numbers.append(step.params["page"])
-        step = course.ahead(step)
-    assert numbers == [1, 2]
+    assert [step.params["page"] for step in likely(course)] == [1, 2]
 
 
 # Reading, over the sandbox
@@ -1112,6 +1112,19 @@ async def test_a_wait_that_was_cancelled_can_be_taken_up_again() -> None:
                 assert 2 in gauge.under_way
             else:
                 assert [item async for item in items] == [2, 3, 4]
+
+
+async def test_an_error_of_the_block_is_not_lost_to_a_cancellation_from_further_out() -> None:
+    gauge = Gauge(50)
+    gauge.stuck = {2, 3, 4}
+    async with make(gauge) as client:
+        with anyio.CancelScope() as scope, pytest.raises(ZeroDivisionError):
+            async with client.paginate("/x", pages=PageNumber(), prefetch=3) as items:
+                await anext(items)
+                await settle()
+                scope.cancel()
+                raise ZeroDivisionError
+        assert gauge.under_way == set()
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
