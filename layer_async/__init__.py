@@ -6,6 +6,7 @@
 The door: the public names, and nothing else.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._auth import DualTokenAuth
@@ -52,6 +53,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from ._codec import decode
+    from ._pages import Pages
+    from ._paging import Cursor, LinkHeader, NextLink, OffsetLimit, PageNumber
     from ._transport import LayerTransport
 
 __all__ = [
@@ -72,20 +75,26 @@ __all__ = [
     "ConfigurationError",
     "ConflictError",
     "ConnectionPool",
+    "Cursor",
     "DeadlineExceededError",
     "DualTokenAuth",
     "Event",
     "GateShut",
     "LayerError",
     "LayerTransport",
+    "LinkHeader",
     "LoggingObserver",
     "MalformedResponseError",
     "Middleware",
     "MissingTokensError",
+    "NextLink",
     "NotFoundError",
     "Observer",
+    "OffsetLimit",
     "OpenTelemetryObserver",
     "Outcome",
+    "PageNumber",
+    "Pages",
     "PermissionDeniedError",
     "PoolStats",
     "RateLimitError",
@@ -109,16 +118,18 @@ __all__ = [
 ]
 
 
+_LATER = {
+    "LayerTransport": "_transport",
+    "decode": "_codec",
+    "Pages": "_pages",
+    **dict.fromkeys(("Cursor", "LinkHeader", "NextLink", "OffsetLimit", "PageNumber"), "_paging"),
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Two names bring what a program may not need, or not yet: httpcore (as with httpx, the first client loads it), and
-    the engine that decodes.
+    """Some names bring what a program may not need, or not yet: httpcore (as with httpx, the first client loads it),
+    the engine that decodes, and paging.
     """
-    if name == "LayerTransport":
-        from ._transport import LayerTransport
-
-        return LayerTransport
-    if name == "decode":
-        from ._codec import decode
-
-        return decode
+    if name in _LATER:
+        return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -59,6 +59,8 @@ from ._telemetry import CallFinished, Observer, hears_all, notify
 MAX_REDIRECTS = 20
 ONE_ATTEMPT = RetryPolicy(attempts=1, rate_limited_attempts=1)
 
+Reader = Callable[[httpx.Response], Any]
+
 
 PECULIAR = REQUEST_OPTIONS - {"path", "json"}  # what makes a request differ from that of any other call
 
@@ -151,8 +153,13 @@ class Corridor:
     is_closed: Callable[[], bool]
     live: set[anyio.CancelScope]
 
-    def begin(self, method: str, given: Quiet, *, into: Any = None, streamed: bool = False) -> Call:
-        """A call to be run once; `given` is its path and options. Raises `ConfigurationError` for what cannot work."""
+    def begin(
+        self, method: str, given: Quiet, *, into: Any = None, reader: Reader | None = None, streamed: bool = False
+    ) -> Call:
+        """A call to be run once; `given` is its path and options. Raises `ConfigurationError` for what cannot work.
+
+        `reader` makes its value from the answer, in place of `into`.
+        """
         if into is not None:
             from ._codec import check_into  # here as below: who decodes nothing does not load the engine
 
@@ -171,6 +178,7 @@ class Corridor:
             given=given,
             settings=settings,
             into=into,
+            reader=reader,
             streamed=streamed,
             document=document,
         )
@@ -186,6 +194,7 @@ class Call:
     given: Quiet
     settings: CallSettings
     into: Any
+    reader: Reader | None
     streamed: bool
     document: bytes | None
     record: ExchangeRecord = attrs.field(factory=ExchangeRecord)
@@ -214,7 +223,7 @@ class Call:
                 response = await self._translated()
                 status = response.status_code
                 self._raise_for_status(response)
-                value = response if self.into is None else self._decode(response)
+                value = response if self._gives_response else self._decode(response)
                 done = True
             if not done:
                 raise self._ended_early()
@@ -442,7 +451,7 @@ class Call:
                 retry_after=retry_after(response),
                 secrets=self.corridor.identity.auth.secrets,
             )
-        if self.into is not None and 300 <= code <= 399:
+        if 300 <= code <= 399 and not self._gives_response:
             target = response.next_request
             where = "nowhere" if target is None else str(Origin.of_url(target.url))
             error = status_error(response, response.content, secrets=self.corridor.identity.auth.secrets)
@@ -453,7 +462,13 @@ class Call:
             error.args = (message,)
             raise error
 
+    @property
+    def _gives_response(self) -> bool:
+        return self.into is None and self.reader is None
+
     def _decode(self, response: httpx.Response) -> Any:
+        if self.reader is not None:
+            return self.reader(response)
         from ._codec import decode
 
         return decode(response, self.into)

@@ -12,7 +12,7 @@ import ssl
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import attrs
 import httpx
@@ -46,6 +46,10 @@ from ._retry import Middleware, RetryPolicy
 from ._telemetry import LoggingObserver, Observer, TokensRefreshed, notify
 from ._tokens import TokenPair, TokenSource, resolve_tokens
 from ._version import __version__
+
+if TYPE_CHECKING:
+    from ._pages import ItemKey, ItemsAt, Pages
+    from ._paging import PageStrategy
 
 BASE_URL = "https://webapi.thelayer.com"
 TIMEOUT = httpx.Timeout(30.0, connect=5.0, pool=None)
@@ -290,6 +294,74 @@ class AsyncLayerClient:
                     await end_readers(response, is_ours=self._pool is not None)
         finally:
             call.record.release_slot()
+
+    # Pages
+
+    @overload
+    def paginate(
+        self,
+        path: str,
+        *,
+        pages: PageStrategy,
+        items: ItemsAt = None,
+        into: None = None,
+        key: ItemKey = None,
+        remember: int | None = 10,
+        prefetch: int = 0,
+        **options: Unpack[CallOptions],
+    ) -> Pages[Any]: ...
+    @overload
+    def paginate(
+        self,
+        path: str,
+        *,
+        pages: PageStrategy,
+        items: ItemsAt = None,
+        into: TypeForm[T],
+        key: ItemKey = None,
+        remember: int | None = 10,
+        prefetch: int = 0,
+        **options: Unpack[CallOptions],
+    ) -> Pages[T]: ...
+    def paginate(
+        self,
+        path: str,
+        *,
+        pages: PageStrategy,
+        items: ItemsAt = None,
+        into: Any = None,
+        key: ItemKey = None,
+        remember: int | None = 10,
+        prefetch: int = 0,
+        **options: Unpack[CallOptions],
+    ) -> Pages[Any]:
+        """GET `path` page by page and give the items: `async for customer in client.paginate(…, into=Customer)`.
+
+        `pages` says how pages follow each other: a `PageNumber`, `OffsetLimit`, `Cursor`, `NextLink` or `LinkHeader`.
+        `items` says where the list is in a page: a key path ("data.items", or a tuple of keys), a function of the
+        decoded document, or None where the page itself is the list. Each item is decoded as `into` (as in `request`);
+        without, items are plain JSON.
+        `key`, the name of a field or a function of an item, says when two items are the same: a collection that shifts
+        while it is read has some items in two pages, and the later ones are dropped, and counted as `duplicates`. Keys
+        are remembered for so many pages as `remember` says (None: for ever, and memory grows with the collection).
+        `prefetch` is how many pages may be fetched ahead of the loop, inside of an `async with`; behind a `Cursor`,
+        `NextLink` or `LinkHeader` one at most, since each is known only from the one before; the first is always
+        fetched alone. A page that turns out to lie behind the end counts for nothing, whatever it was answered.
+        `options`, see `CallOptions`, hold for the call of each page; `params` go with the first page, and with each
+        page that is asked for by parameters rather than by a link.
+
+        Nothing is sent before the first item is asked for, and nothing is left open between two items. A link that
+        leads to another origin is not followed. A page of status 404 is the end where the page before it was shorter
+        than those before and no total says otherwise. Raises `ConfigurationError` for what cannot work; for the rest
+        see `Pages`.
+        """
+        from ._pages import Pages
+
+        given = Quiet(options, path=path)
+        del path, options
+        return Pages(
+            self._corridor, given, pages, items=items, into=into, key=key, remember=remember, prefetch=prefetch
+        )
 
     # Many calls
 

@@ -15,6 +15,7 @@ import decimal
 import enum
 import math
 import typing
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import attrs
@@ -68,16 +69,32 @@ def decode(response: httpx.Response, into: TypeForm[T]) -> T:
     try:
         return decode_bytes(response.content, into)
     except ResponseDecodeError as exc:
-        media = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media in ("text/html", "text/plain", "text/xml", "application/xml"):
-            exc.args = (f"{exc.args[0]} The server calls it {media}.",)
-        exc.request = _request_of(response)
-        exc.maybe_processed = exc.request is not None and exc.request.method not in ("GET", "HEAD", "OPTIONS")
+        describe_answer(exc, response)
         raise
 
 
-def decode_bytes(data: bytes, into: TypeForm[T]) -> T:
-    """The JSON text `data` as a `T`. Rules and errors are those of `decode`."""
+def describe_answer(error: ResponseDecodeError, response: httpx.Response) -> None:
+    """Say in `error` what answer it is about."""
+    media = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media in ("text/html", "text/plain", "text/xml", "application/xml"):
+        error.args = (f"{error.args[0]} The server calls it {media}.",)
+    error.request = _request_of(response)
+    error.maybe_processed = error.request is not None and error.request.method not in ("GET", "HEAD", "OPTIONS")
+
+
+def decode_again(values: list[Any] | tuple[Any, ...], into: TypeForm[T]) -> T:
+    """Plain JSON `values` as a `T`, by way of their text. Rules and errors are those of `decode`."""
+    try:
+        text = msgspec.json.encode(values)
+    except (TypeError, ValueError, RecursionError) as exc:
+        reason = type(exc).__name__
+    else:
+        return decode_bytes(text, into)
+    raise ConfigurationError(f"a list that is to be decoded holds what is not plain JSON ({reason}).")
+
+
+def decode_bytes(data: bytes, into: TypeForm[T], *, at: str = "") -> T:
+    """The JSON text `data` as a `T`. Rules and errors are those of `decode`; `at` is where in the body it stood."""
     plan = _plan(into)
     try:
         value: T = plan(data)
@@ -86,7 +103,7 @@ def decode_bytes(data: bytes, into: TypeForm[T]) -> T:
     else:
         return value
     if data.startswith(BOM) and not data.startswith(BOM * 2):
-        return decode_bytes(data[len(BOM) :], into)
+        return decode_bytes(data[len(BOM) :], into, at=at)
     name = name_of(into)
     if not data.strip(b" \t\r\n"):
         if _admits_none(plan):
@@ -94,10 +111,37 @@ def decode_bytes(data: bytes, into: TypeForm[T]) -> T:
         raise ResponseDecodeError(f"the body is empty, and {name} does not admit None; `{name} | None` would.")
     if mismatch.malformed:
         raise ResponseDecodeError(f"the body cannot be read as JSON: {mismatch.detail}.")
-    path = f"${mismatch.path}"
+    path = f"${at}{mismatch.path}"
     raise ResponseDecodeError(
         f"the body does not fit {name}: {mismatch.detail} at `{path}`.", path=path
     ) from mismatch.cause
+
+
+def find_texts(data: bytes, paths: Iterable[Sequence[str]]) -> list[bytes | None]:
+    """The JSON text at each of `paths` (keys, from the top) in the JSON text `data`; None where there is nothing.
+
+    What lies beside the paths is passed over, not decoded. Raises `ResponseDecodeError` for what is not JSON.
+    """
+    opened: dict[Sequence[str], Any] = {(): msgspec.Raw(data.removeprefix(BOM))}
+    for path in paths:
+        for depth, key in enumerate(path):
+            here = tuple(path[: depth + 1])
+            if here not in opened:
+                opened[here] = _members(opened[here[:-1]]).get(key)
+    return [None if (text := opened[tuple(path)]) is None else bytes(text) for path in paths]
+
+
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def _members(text: Any) -> dict[str, Any]:
+    try:
+        return {} if text is None else _object.decode(text)
+    except msgspec.ValidationError:  # not an object
+        return {}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        mismatch = Mismatch.of(exc)
+    raise ResponseDecodeError(f"the body cannot be read as JSON: {mismatch.detail}.")
 
 
 def encode_json(value: Any) -> bytes:

@@ -22,6 +22,7 @@ import httpx
 
 from ._errors import (
     ConfigurationError,
+    MalformedResponseError,
 )
 from ._tokens import HEADER_NAMES, HeaderEntry, TokenPair
 from ._values import Value
@@ -138,6 +139,31 @@ class Origin(Value):
             return "the path is a URL with a user in it, which is not how this API authenticates."
         if url.raw_path.startswith(b"//"):
             return "the path comes down to one that begins with two slashes, which others may take for another host."
+        return url
+
+    def resolve_link(self, link: str, page: httpx.URL) -> httpx.URL:
+        """The URL that `link` means in an answer from the URL `page` (RFC 3986 section 5), without its fragment.
+
+        Raises `MalformedResponseError`, quoting neither query nor user, for one that leads to another origin or is not
+        clearly a link: tokens are not sent wherever a server likes.
+        """
+        url = self._locate_link(link, page)
+        if isinstance(url, str):
+            del link, page
+            raise MalformedResponseError(f"the link to the next page {url} It was not followed.")
+        return url
+
+    def _locate_link(self, link: str, page: httpx.URL) -> httpx.URL | str:
+        if link != link.strip() or not link.isprintable() or "\\" in re.split("[?#]", link, maxsplit=1)[0]:
+            return "has white space at an end, a character that cannot be printed, or a backslash."
+        try:
+            url = page.join(link).copy_with(fragment=None)
+        except (httpx.InvalidURL, ValueError):
+            return "does not make a valid URL."
+        if not self.admits(url):
+            return f"leads to {_describe(url)}, and tokens go to {self} only."
+        if url.userinfo or url.raw_path.startswith(b"//"):
+            return "is a URL with a user in it, or a path that begins with two slashes."
         return url
 
     def __str__(self) -> str:

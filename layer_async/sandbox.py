@@ -54,6 +54,7 @@ except ImportError as _missing:
 __all__ = [
     "COLLECTIONS",
     "FAULT_KINDS",
+    "PAGING_KINDS",
     "Faults",
     "Quota",
     "Record",
@@ -77,6 +78,7 @@ NOTE = (
 FORBIDDEN = "invoices"  # a resource whose level no pair of the sandbox has
 BODY_LIMIT = 2**20
 PAGE_LIMIT = 200
+PAGING_KINDS = ("steady", "shifting", "repeating", "circular")
 DRIPS = 8
 
 # --- the data: invented firms; telephone numbers from the ranges that Ofcom keeps free for fiction -------------------
@@ -535,10 +537,16 @@ class Sandbox:
     numbers: after each of them). `control_key` opens `/_sandbox/` to requests that bear it as `X-Sandbox-Key`; None
     keeps that closed. `clock` (seconds) and `sleep` are for tests. Raises ValueError for what cannot be.
 
+    `paging` is one of `PAGING_KINDS`. "shifting": as if before each page but the first one more document had been put
+    before all others, so that a page by number or offset begins with the last document of the page before.
+    "repeating": the last page once more in place of an empty one behind the end. "circular": the cursor and the links
+    of the last page lead to the first.
+
     Below `/api/`: GET, HEAD, POST on `/api/{collection}`; GET, HEAD, PUT, PATCH, DELETE on `/api/{collection}/{id}`.
     Lists page by `page` and `page_size`, by `offset` and `limit`, or by `cursor` (empty at first) and `limit`, always
-    with a `Link` to the next. `/api/invoices` needs a level that no pair has (403); the pair `read_only_tokens` gets
-    403 for all but GET, HEAD and OPTIONS. The `request_key` in a POST's body tells `record` which POSTs are the same.
+    with a link to the next, in the header `Link` and as `next`. `/api/invoices` needs a level that no pair has (403);
+    the pair `read_only_tokens` gets 403 for all but GET, HEAD and OPTIONS. The `request_key` in a POST's body tells
+    `record` which POSTs are the same.
     `record` says what happened.
     """
 
@@ -551,6 +559,7 @@ class Sandbox:
         quota: Quota | None = None,
         faults: Faults = Faults(),
         rotate_after: int | Sequence[int] | None = None,
+        paging: str = "steady",
         control_key: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = anyio.sleep,
@@ -567,6 +576,8 @@ class Sandbox:
         ):
             if not isinstance(value, kind) and (value is not None or name == "faults"):
                 raise ValueError(f"{name} must be {kind.__name__}, not {type(value).__name__}")
+        if paging not in PAGING_KINDS:
+            raise ValueError(f"paging must be one of {', '.join(PAGING_KINDS)}")
         self.seed = seed
         self.documents = documents
         self.record: Record = Record(seed)
@@ -575,6 +586,7 @@ class Sandbox:
         self._collections = {name: _Collection(name, seed=seed, size=documents) for name in COLLECTIONS}
         self._meter = None if quota is None else _Meter(quota, clock())
         self._rotate_after = frozenset(each for each in after if each is not None)
+        self._paging = paging
         self._accepted = 0
         self._drawn: Counter[str] = Counter()
         self._outage_until = -math.inf
@@ -762,7 +774,9 @@ class Sandbox:
         if method not in allowed.split(", "):
             raise HTTPException(405, "This method is not allowed here.", {"Allow": allowed})
         if not number:
-            return await self._create(request, collection) if method == "POST" else _page(request, collection)
+            if method == "POST":
+                return await self._create(request, collection)
+            return _page(request, collection, self._paging)
         return await self._document(request, collection, int(number))
 
     async def _create(self, request: Request, collection: _Collection) -> _Answer:
@@ -873,28 +887,43 @@ def _whole(request: Request, name: str, default: int, *, least: int = 1, most: i
     return int(text)
 
 
-def _page(request: Request, collection: _Collection) -> _Answer:
+def _page(request: Request, collection: _Collection, paging: str) -> _Answer:
     """One page of a collection, in the way that the query asks for."""
-    query, total = request.query_params, len(collection)
+    query, is_circular = request.query_params, paging == "circular"
     if "cursor" in query:
         size = _whole(request, "limit", 50, most=PAGE_LIMIT)
         found = collection.after(_position(query["cursor"]), size + 1)
         found, more = found[:size], len(found) > size
-        cursor = base64.urlsafe_b64encode(str(found[-1]["id"]).encode()).decode() if more else None
+        last = found[-1]["id"] if more else 0
+        cursor = base64.urlsafe_b64encode(str(last).encode()).decode() if more or is_circular else None
         value: Document = {"data": found, "next_cursor": cursor}
-        following = f"cursor={cursor}&limit={size}"
+        following, size_param = f"cursor={cursor}", "limit"
     elif "offset" in query or "limit" in query:
         offset, size = _whole(request, "offset", 0, least=0), _whole(request, "limit", 50, most=PAGE_LIMIT)
-        found, more = collection.after(collection.skip(offset), size), offset + size < total
+        found, more, total = _slice(collection, offset, size, paging)
         value = {"data": found, "offset": offset, "limit": size, "total": total}
-        following = f"offset={offset + size}&limit={size}"
+        following, size_param = f"offset={offset + size if more else 0}", "limit"
     else:
         page, size = _whole(request, "page", 1), _whole(request, "page_size", 50, most=PAGE_LIMIT)
-        found, more = collection.after(collection.skip((page - 1) * size), size), page * size < total
+        found, more, total = _slice(collection, (page - 1) * size, size, paging)
         value = {"data": found, "page": page, "page_size": size, "pages": -(-total // size), "total": total}
-        following = f"page={page + 1}&page_size={size}"
-    link = {"Link": f'<{_root(request)}/api/{collection.name}?{following}>; rel="next"'} if more else {}
+        following, size_param = f"page={page + 1 if more else 1}", "page_size"
+    target = f"{_root(request)}/api/{collection.name}?{following}&{size_param}={size}" if more or is_circular else None
+    value["next"] = target
+    link = {} if target is None else {"Link": f'<{target}>; rel="next"'}
     return _Answer(200, value, link, documents=found, collection=collection.name)
+
+
+def _slice(collection: _Collection, offset: int, size: int, paging: str) -> tuple[list[Document], bool, int]:
+    """The documents of the page that begins behind `offset` others, whether more follow, and how many there are."""
+    total = len(collection)
+    if paging == "shifting":  # the new ones, which nobody has seen, are never shown
+        new = offset // size
+        offset, total = offset - new, total + new
+        return collection.after(collection.skip(offset), size), offset + new + size < total, total
+    if paging == "repeating":
+        offset = min(offset, max(0, total - 1) // size * size)
+    return collection.after(collection.skip(offset), size), offset + size < total, total
 
 
 def _position(cursor: str) -> int:

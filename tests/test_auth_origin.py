@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layer_async._auth import DualTokenAuth
-from layer_async._errors import ConfigurationError
+from layer_async._errors import ConfigurationError, MalformedResponseError
 from layer_async._origin import MaskedHeaders, Origin, check_headers_shape
 from layer_async._tokens import TokenPair
 
@@ -626,3 +626,50 @@ def test_the_short_way_leaves_all_else_to_the_long_one(path: Any) -> None:
 def test_without_httpxs_private_name_there_is_only_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(httpx, "URL", type("URL", (), {"__init__": lambda self, url: None}))
     assert Origin("https", "api.example", 443)._base is None
+
+
+# Links that a server gives
+
+PAGE = httpx.URL(f"{BASE}/api/v1/sites?page=1")
+
+
+@pytest.mark.parametrize(
+    ("link", "url"),
+    [
+        ("?page=2", f"{BASE}/api/v1/sites?page=2"),
+        ("sites/2", f"{BASE}/api/v1/sites/2"),
+        ("../x?a=%2F", f"{BASE}/api/x?a=%2F"),
+        ("/x#part", f"{BASE}/x"),
+        ("//webapi.thelayer.com/x", f"{BASE}/x"),
+        ("HTTPS://WEBAPI.thelayer.com:443/x", f"{BASE}/x"),
+        ("?redirect=https://evil.invalid\\x", f"{BASE}/api/v1/sites?redirect=https://evil.invalid\\x"),
+    ],
+)
+def test_a_link_is_relative_to_its_page(link: str, url: str) -> None:
+    assert Origin.parse(f"{BASE}/api/v1").resolve_link(link, PAGE) == httpx.URL(url)
+
+
+@pytest.mark.parametrize(
+    ("link", "words"),
+    [
+        ("https://evil.invalid/s3cret", "leads to https://evil.invalid, and tokens go to https://webapi"),
+        ("//evil.invalid/s3cret", "leads to https://evil.invalid, "),
+        ("http://webapi.thelayer.com/s3cret", "leads to http://webapi.thelayer.com, "),
+        ("https://webapi.thelayer.com:8443/s3cret", "leads to https://webapi.thelayer.com:8443, "),
+        ("https://webapi.thelayer.com@evil.invalid/s3cret", "leads to https://evil.invalid, "),
+        ("data:s3cret", "leads to no clear host, "),
+        ("https://s3cret@webapi.thelayer.com/", "a user in it"),
+        ("https://webapi.thelayer.com//evil.invalid", "two slashes"),
+        ("/\\evil.invalid/s3cret", "a backslash"),
+        ("\\\\evil.invalid\\s3cret", "a backslash"),
+        ("/s3cret ", "white space"),
+        ("/s3\ncret", "cannot be printed"),
+        ("https://[::1/s3cret", "a valid URL"),
+        ("https://h:99999999/s3cret", "leads to https://h:99999999, "),
+    ],
+)
+def test_a_link_that_leads_elsewhere_is_refused_and_not_quoted(link: str, words: str) -> None:
+    with pytest.raises(MalformedResponseError, match="It was not followed") as raised:
+        Origin.parse(BASE).resolve_link(link, PAGE)
+    assert words in str(raised.value)
+    assert "s3cret" not in str(raised.value)

@@ -1068,3 +1068,38 @@ def test_what_json_cannot_hold_is_refused_and_quoted_nowhere(value: Any, says: s
     assert says in str(caught.value)
     assert SECRET not in str(caught.value)
     assert caught.value.__context__ is None
+
+
+# Parts of a body
+
+
+def test_parts_of_a_body_are_found_without_reading_the_rest() -> None:
+    body = b'{"a": {"b": [1, {"c": 2}], "d.e": null}, "f": "g", "a.b": 3}'
+    paths = [("a", "b"), ("a", "d.e"), ("f",), ("a.b",), ("a",), ("x",), ("a", "x", "y"), ("f", "x"), ()]
+    found = _codec.find_texts(body, paths)
+    assert found == [b'[1, {"c": 2}]', b"null", b'"g"', b"3", b'{"b": [1, {"c": 2}], "d.e": null}', *[None] * 3, body]
+    assert _codec.find_texts(_codec.BOM + b'{"a": 1}', [("a",)]) == [b"1"]
+    assert _codec.find_texts(b"[1]", [("a",)]) == [None]
+    assert _codec.find_texts(b'{"a": 1, "a": 2}', [("a",)]) == [b"2"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'{"a": tru}', b'{"a": 1} x', b'{"\xff": 1}', b'{"a": ' + b"[" * 100_000])
+def test_no_part_is_found_in_what_is_not_json(body: bytes) -> None:
+    with pytest.raises(ResponseDecodeError, match="cannot be read as JSON"):
+        _codec.find_texts(body, [("a", "b")])
+
+
+def test_a_part_says_where_in_the_body_it_stood() -> None:
+    with pytest.raises(ResponseDecodeError, match=r"at `\$\.a\[1\]`") as raised:
+        _codec.decode_bytes(b'[1, "2"]', list[int], at=".a")
+    assert raised.value.path == "$.a[1]"
+    with pytest.raises(ResponseDecodeError) as raised:
+        _codec.decode_bytes(_codec.BOM + b'["2"]', list[int], at=".a")
+    assert raised.value.path == "$.a[0]"
+
+
+def test_plain_values_are_decoded_by_way_of_their_text() -> None:
+    assert _codec.decode_again([{"id": 1}], list[dict[str, int]]) == [{"id": 1}]
+    for value in (object(), {1: object()}, "\ud800"):
+        with pytest.raises(ConfigurationError, match="not plain JSON"):
+            _codec.decode_again([value], list[Any])

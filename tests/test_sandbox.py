@@ -301,6 +301,51 @@ async def test_pages_say_where_they_are() -> None:
     assert plain["data"][4] == document("cases", 5)
 
 
+@pytest.mark.parametrize("query", ["page_size=7", "limit=7", "cursor=&limit=7"])
+async def test_the_link_to_the_next_page_is_in_the_header_and_in_the_body(query: str) -> None:
+    async with talk_to(Sandbox(documents=10)) as client:
+        first = await client.get(f"/api/sites?{query}")
+        last = await client.get(first.json()["next"])
+    assert first.headers["Link"] == f'<{first.json()["next"]}>; rel="next"'
+    assert len(last.json()["data"]) == 3
+    assert last.json()["next"] is None
+    assert "Link" not in last.headers
+
+
+async def test_pages_can_be_made_to_shift() -> None:
+    async with talk_to(Sandbox(documents=7, paging="shifting")) as client:
+        pages = [(await client.get(f"/api/sites?page={page}&page_size=3")).json() for page in (1, 2, 3, 4)]
+        slices = [(await client.get(f"/api/sites?offset={offset}&limit=3")).json() for offset in (0, 3, 6, 9)]
+    for shifting in (pages, slices):
+        assert [[each["id"] for each in page["data"]] for page in shifting] == [[1, 2, 3], [3, 4, 5], [5, 6, 7], [7]]
+        assert [page["total"] for page in shifting] == [7, 8, 9, 10]
+        assert [page["next"] is None for page in shifting] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("documents", [0, 6, 7])
+async def test_the_last_page_can_be_made_to_repeat(documents: int) -> None:
+    async with talk_to(Sandbox(documents=documents, paging="repeating")) as client:
+        last = (await client.get(f"/api/sites?page={max(1, -(-documents // 3))}&page_size=3")).json()
+        for behind in ("page=4&page_size=3", "offset=300&limit=3"):
+            assert (await client.get(f"/api/sites?{behind}")).json()["data"] == last["data"]
+
+
+@pytest.mark.parametrize("query", ["page_size=7", "limit=7", "cursor=&limit=7"])
+async def test_the_pages_can_be_made_to_go_round_in_a_circle(query: str) -> None:
+    async with talk_to(Sandbox(documents=10, paging="circular")) as client:
+        first = (await client.get(f"/api/sites?{query}")).json()
+        last = (await client.get(first["next"])).json()
+        again = (await client.get(last["next"])).json()
+        assert again["data"] == first["data"]
+        if "next_cursor" in last:
+            assert (await client.get(f"/api/sites?cursor={last['next_cursor']}")).json()["data"][:7] == first["data"]
+
+
+def test_another_way_of_paging_is_refused() -> None:
+    with pytest.raises(ValueError, match="paging must be one of steady, "):
+        Sandbox(paging="odd")
+
+
 @pytest.mark.parametrize(
     "query",
     [

@@ -7,7 +7,21 @@ from typing import Any, TypedDict, assert_type
 import attrs
 import httpx
 
-from layer_async import AsyncLayerClient, Bulk, DualTokenAuth, Outcome, RetryPolicy, TokenPair, decode
+from layer_async import (
+    AsyncLayerClient,
+    Bulk,
+    Cursor,
+    DualTokenAuth,
+    LinkHeader,
+    NextLink,
+    OffsetLimit,
+    Outcome,
+    PageNumber,
+    Pages,
+    RetryPolicy,
+    TokenPair,
+    decode,
+)
 
 
 @attrs.frozen
@@ -48,6 +62,24 @@ async def many(client: AsyncLayerClient) -> None:
 
     assert_type(client.bulk(range(3), count), Bulk[int, float])
     assert_type(client.bulk(range(3), count, key=str), Bulk[str, float, int])
+
+
+async def paging(client: AsyncLayerClient) -> None:
+    async for customer in client.paginate("/x", pages=PageNumber(total="total"), items="data", into=Customer):
+        assert_type(customer, Customer)
+    async with client.paginate("/x", pages=OffsetLimit(size=9), into=Site, key="id", prefetch=4, deadline=9) as sites:
+        assert_type(sites, Pages[Site])
+        async for site in sites:
+            assert_type(site, Site)
+    assert_type(client.paginate("/x", pages=LinkHeader(), items=lambda document: document["data"]), Pages[Any])
+    cursor = Cursor(at=("a.b", "c"))
+    assert_type(client.paginate("/x", pages=cursor, items=("a", "b"), into=int | None), Pages[int | None])
+
+    async def fetch(customer: Customer) -> Site:
+        return await client.get(f"/x/{customer.id}", into=Site)
+
+    customers = client.paginate("/x", pages=NextLink(), items="data", into=Customer)
+    assert_type(client.bulk(customers, fetch), Bulk[Customer, Site])
 
 
 async def parts(client: AsyncLayerClient, response: httpx.Response) -> None:
