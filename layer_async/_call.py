@@ -115,11 +115,9 @@ class CallSettings:
     retry: RetryPolicy | None
     max_response_bytes: int | None
     idempotent: bool | None = None
-    phases: Mapping[str, float | None] = attrs.field(init=False, eq=False, repr=False)  # `timeout`, as httpx has it
-
-    @phases.default
-    def _phases(self) -> Mapping[str, float | None]:
-        return self.timeout.as_dict()
+    phases: Mapping[str, float | None] = attrs.field(  # `timeout`, as httpx has it
+        default=attrs.Factory(lambda self: _phases_of(self), takes_self=True), init=False, eq=False, repr=False
+    )
 
     def updated(self, options: Mapping[str, Any], others: Collection[str] = REQUEST_OPTIONS) -> CallSettings:
         """These settings, with those of a call or a view put in place of them; `others` are none of the settings.
@@ -133,6 +131,10 @@ class CallSettings:
             elif name not in others:
                 raise TypeError(f"there is no option {name!r} here")
         return attrs.evolve(self, **changes) if changes else self
+
+
+def _phases_of(settings: CallSettings) -> Mapping[str, float | None]:
+    return settings.timeout.as_dict()
 
 
 @attrs.define(eq=False, kw_only=True, repr=False)

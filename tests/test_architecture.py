@@ -64,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "_call",
         "_codec",
         "_errors",
+        "_exchange",
         "_lean",
         "_options",
         "_origin",

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from layer_async import (
+    APIConnectionError,
     AsyncLayerClient,
     ClientClosedError,
     ConfigurationError,
@@ -247,7 +248,7 @@ async def test_a_stream_that_another_task_still_reads_is_ended_there() -> None:
         try:
             async for _ in response.aiter_bytes():
                 pass
-        except httpx.HTTPError as exc:
+        except APIConnectionError as exc:
             errors.append(exc)
 
     with FaultServer() as server:
