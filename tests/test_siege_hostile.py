@@ -1,0 +1,219 @@
+"""The hostile corpus (hostile.py), played byte for byte: the right answer or a typed error, in time, and no harm after.
+
+Short by default: every case without TLS on both event loops, and with it where TLS makes a difference; everything with
+--full, and on asyncio the portable connection as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import anyio
+import httpcore
+import httpx
+import pytest
+
+from layer_async import (
+    APIStatusError,
+    AsyncLayerClient,
+    LayerError,
+    MalformedResponseError,
+    RetryPolicy,
+    TokenPair,
+)
+
+from .faultserver import Exchange, FaultServer, client_context
+from .hostile import BOMB, CASES, Case, End, Outcome, coded, timeout_of
+
+pytestmark = [pytest.mark.anyio, pytest.mark.promise]
+
+PAIR = TokenPair("hostile-token-one", "hostile-token-two")
+AGAIN = RetryPolicy(backoff_initial=0.001, backoff_max=0.001)
+HAS_WIRE = importlib.util.find_spec("layer_async._wire") is not None
+NEEDS_CODING = {  # what today's content decoding does not do yet
+    "coding: gzip of two members": "only the first member is read",
+    "coding: a bomb in two members": "only the first member is read",
+    "coding: gzip, the second member cut": "only the first member is read",
+    "cut: in an error's body": "what came of the body is lost",
+}
+NEEDS_CODING_ON_TRIO = {
+    f"coding: {name}": "generators are left to the garbage collector, of which trio warns"
+    for name in (
+        *("gzip, wrong checksum", "gzip, corrupt within", "gzip that is none", "deflate that is gzip"),
+        *("gzip that is deflate", "gzip named fifty times"),
+    )
+}
+HAS_CODING = importlib.util.find_spec("layer_async._coding") is not None
+WITH_TLS = {"cut", "stray"}  # the groups in which TLS makes a difference
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    full = metafunc.config.getoption("--full")
+    ways = ["asyncio", "trio", *(["portable"] if HAS_WIRE and full else [])]
+    given = {
+        f"{case.id}, {kind}, {way}": pytest.param(
+            *(case, kind, way in ("trio", "portable") or not HAS_WIRE, way.replace("portable", "asyncio")),
+            marks=marks_for(case, way),
+        )
+        for case in CASES
+        for kind in case.kinds
+        for way in ways
+        if full or kind != "TLS" or "plain" not in case.kinds or (case.group in WITH_TLS and way == "asyncio")
+    }
+    metafunc.parametrize(("case", "kind", "portable", "anyio_backend"), [*given.values()], ids=[*given])
+
+
+def marks_for(case: Case, way: str) -> list[pytest.MarkDecorator]:
+    reason = NEEDS_CODING.get(case.id) or (NEEDS_CODING_ON_TRIO.get(case.id) if way == "trio" else None)
+    return [] if reason is None or HAS_CODING else [pytest.mark.xfail(strict=True, reason=reason)]
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[dict[str, FaultServer]]:
+    with FaultServer() as plain, FaultServer(tls=True) as tls, FaultServer() as proxy:
+        yield {"plain": plain, "TLS": tls, "tunnel": proxy}
+
+
+@contextlib.contextmanager
+def server_for(case: Case, kind: str, servers: dict[str, FaultServer]) -> Iterator[FaultServer]:
+    if kind == "handshake":
+        assert isinstance(case.answer[0], bytes)
+        with FaultServer(tls=True, greeting=case.answer[0]) as server:
+            yield server
+    else:
+        yield servers[kind]
+
+
+@pytest.fixture
+def portable_way(portable: bool, anyio_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On asyncio, where a tool has touched httpcore's connection, that one is used."""
+    if portable and anyio_backend == "asyncio" and HAS_WIRE:
+        original = httpcore.AsyncHTTPConnection.handle_async_request
+
+        async def touched(self: Any, request: Any) -> Any:
+            return await original(self, request)
+
+        monkeypatch.setattr(httpcore.AsyncHTTPConnection, "handle_async_request", touched)
+
+
+def play(case: Case, played: threading.Event, ex: Exchange) -> None:
+    try:
+        for step in case.answer:
+            if isinstance(step, bytes):
+                ex.send(step)
+            elif isinstance(step, float):
+                ex.pause(step)
+            else:
+                {End.FINISH: ex.finish, End.CUT: ex.close, End.RESET: ex.reset}[step]()
+    finally:
+        played.set()
+
+
+async def outcome_of(client: AsyncLayerClient, case: Case, path: str, timeout: httpx.Timeout) -> Any:
+    """Status and body, or the error."""
+    try:
+        response = await client.request(
+            case.method, path, timeout=timeout, deadline=case.deadline, retry=None, max_response_bytes=case.limit
+        )
+    except APIStatusError as exc:
+        return exc.status_code, exc.body
+    except LayerError as exc:
+        return exc
+    return response.status_code, response.content
+
+
+def fits(outcome: Any, expected: Outcome) -> bool:
+    return isinstance(outcome, expected) if isinstance(expected, type) else bool(outcome == expected)
+
+
+def shown(outcome: Any) -> str:
+    text = repr(outcome)
+    return text if len(text) < 300 else f"{text[:300]}… ({len(text)} characters)"
+
+
+async def wait_until_played(case: Case, played: threading.Event, server: FaultServer) -> None:
+    is_ended = isinstance(case.answer[-1], End)
+    with anyio.move_on_after(1):
+        while not played.is_set() or (is_ended and server.open_connections):
+            if case.blocking:
+                time.sleep(0.001)
+            else:
+                await anyio.sleep(0.001)
+    if not case.blocking:
+        await anyio.sleep(0.002)
+
+
+@pytest.mark.usefixtures("portable_way")
+async def test_a_hostile_answer_is_read_right_or_a_typed_error_in_time_and_harms_nobody_after(
+    case: Case, kind: str, portable: bool, anyio_backend: str, servers: dict[str, FaultServer]
+) -> None:
+    """Each case's expectation is in hostile.py, with the section of the RFC that it is from."""
+    weaker = case.portable if portable else None
+    expect, reused = (case.expect, case.reused) if weaker is None else (weaker.expect, weaker.reused)
+    timeout = timeout_of(case, expect)
+    assert timeout.read is not None
+    bound = min(timeout.read, case.deadline) + 0.5
+    if weaker is not None and weaker.within is not None:
+        bound = weaker.within
+    played = threading.Event()
+    with server_for(case, kind, servers) as server:
+        behaviour = functools.partial(play, case, played)
+        server.behaviours["case"] = behaviour
+        server.answer_connect = behaviour if kind == "tunnel" else None
+        options: dict[str, Any] = {"base_url": server.url}
+        if kind == "tunnel":
+            options = {"base_url": "https://origin.invalid", "proxy": server.url}
+        async with AsyncLayerClient(tokens=PAIR, verify=client_context(), **options) as client:
+            started = anyio.current_time()
+            with anyio.move_on_after(bound + 1) as scope:
+                path = "/case/1" if kind in ("plain", "TLS") else "/ok/case"
+                outcome = await outcome_of(client, case, path, timeout)
+            assert not scope.cancelled_caught, f"still not ended after {bound + 1:g} s"
+            elapsed = anyio.current_time() - started
+            assert any(fits(outcome, expected) for expected in expect), f"got {shown(outcome)}"
+            assert elapsed <= bound, f"took {elapsed:.3f} s"
+            stats = client.pool.stats
+            assert (stats.in_use, stats.waiting) == (0, 0), stats
+            if case.late:
+                await wait_until_played(case, played, server)
+            for number in (1, 2):
+                response = await client.get(f"/ok/after-{number}", retry=AGAIN)
+                assert (response.status_code, response.text) == (200, f"/ok/after-{number}"), "a stray answer"
+            stats = client.pool.stats
+            assert (stats.in_use, stats.waiting) == (0, 0), stats
+            if isinstance(outcome, LayerError) and case.group != "coding":  # whose framing may be whole
+                reused = False
+            if reused is not None:
+                assert (stats.opened == 1) is reused, f"{outcome!r}, {stats}"
+
+
+@pytest.mark.xfail(not HAS_CODING, strict=True, reason="a piece is inflated before its size is asked")
+async def test_a_bomb_is_stopped_at_the_limit(servers: dict[str, FaultServer]) -> None:
+    """DESIGN.md section 7: the decoded body takes at most the limit and 64 KiB, whatever the ratio."""
+    server, limit = servers["plain"], 2**20
+    server.behaviours["bomb"] = lambda ex: ex.send(coded(BOMB))
+    async with AsyncLayerClient(tokens=PAIR, base_url=server.url, max_response_bytes=limit, retry=None) as client:
+        await client.get("/ok/1")
+        tracemalloc.start()
+        with pytest.raises(MalformedResponseError):
+            await client.get("/bomb")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak <= limit + 64 * 1024 + 128 * 1024  # the last is what all else of a call takes: packets, objects, frames
+
+
+def test_the_corpus_has_what_it_promises() -> None:
+    groups: dict[str, int] = {}
+    for case in CASES:
+        groups[case.group] = groups.get(case.group, 0) + 1
+    assert len({case.id for case in CASES}) == len(CASES) >= 60
+    assert min(groups.values()) >= 5, groups
