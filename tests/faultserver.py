@@ -408,6 +408,7 @@ class FaultServer:
     some moment before the next one; drawn from `seed`. `accepting=False`: connections are never accepted, and the queue
     is full. `refuse_tunnels`: the status line that answers CONNECT. `greeting`: what the first connection gets before
     any request, in the last packet of a TLS 1.2 handshake. `answer_connect`, set at any time, answers the next CONNECT.
+    `receive_buffer`: how many bytes a connection takes in before anybody reads them.
     """
 
     def __init__(
@@ -419,6 +420,7 @@ class FaultServer:
         accepting: bool = True,
         refuse_tunnels: str | None = None,
         greeting: bytes = b"",
+        receive_buffer: int | None = None,
     ) -> None:
         self.tls = tls
         self.closing = closing
@@ -435,6 +437,8 @@ class FaultServer:
         self._fillers: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=5000 if accepting else 0)
+        if receive_buffer is not None:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.port: int = self._listener.getsockname()[1]
         if accepting:
             self._start(self._accept)
