@@ -22,6 +22,7 @@ import pytest
 
 from layer_async import (
     APIStatusError,
+    APITimeoutError,
     AsyncLayerClient,
     LayerError,
     MalformedResponseError,
@@ -132,7 +133,12 @@ async def outcome_of(client: AsyncLayerClient, case: Case, path: str, timeout: h
 
 
 def fits(outcome: Any, expected: Outcome) -> bool:
-    return isinstance(outcome, expected) if isinstance(expected, type) else bool(outcome == expected)
+    if not isinstance(expected, type):
+        return bool(outcome == expected)
+    # A timeout is a connection error too, and not what is meant by one.
+    return isinstance(outcome, expected) and (
+        not isinstance(outcome, APITimeoutError) or issubclass(expected, APITimeoutError)
+    )
 
 
 def shown(outcome: Any) -> str:
