@@ -259,6 +259,10 @@ class _Stream(httpcore.AsyncNetworkStream, abc.ABC):
             await self.send(buffer, timeout)
             return
         wire.begin()
+        if not wire.has_served and not record.bytes_written and self.peek():
+            # It cannot be the answer, and would leave the answer to the next request (RFC 9112 section 9.2).
+            record.response_started = True
+            raise httpcore.RemoteProtocolError("the server spoke before it was asked")
         record.phase = "write"
         before = wire.sent
         try:

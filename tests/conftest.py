@@ -7,10 +7,12 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, Protocol
 
 import pytest
+
+from . import promises
 
 for name in [
     name
@@ -75,3 +77,50 @@ def report(capsys: pytest.CaptureFixture[str], seed: int, request: pytest.Fixtur
     with capsys.disabled():
         line = f"{request.node.name}: {', '.join(found)}; seed {seed}, {time.perf_counter() - started:.1f} s"
         sys.stdout.write(f"\n    {line}")
+
+
+class PromiseRecord(Protocol):
+    """Records a promise that the test has just found kept, for the table in the README; see `promise_record`."""
+
+    def __call__(
+        self, promise: str, *, promised: str, measured: str, most: float | None = None, total: float | None = None
+    ) -> None: ...
+
+
+KEPT = pytest.StashKey[list[promises.Kept]]()
+BROKEN = pytest.StashKey[set[str]]()
+
+
+@pytest.fixture
+def promise_record(request: pytest.FixtureRequest, seed: int) -> PromiseRecord:
+    """Call it after the assertions, with the figure promised and the figure measured, both as the README shows them.
+
+    Where several tests keep the same promise (plain and TLS, asyncio and trio), `measured` is a format of one figure:
+    `most`, of which the largest is shown, or `total`, of which the sum is.
+    """
+
+    def record(
+        promise: str, *, promised: str, measured: str, most: float | None = None, total: float | None = None
+    ) -> None:
+        test = request.node.nodeid.partition("[")[0]
+        kept = promises.Kept(test, promise, promised, measured, seed, most, total)
+        request.config.stash.setdefault(KEPT, []).append(kept)
+
+    return record
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember which promises were broken."""
+    result = yield
+    if result.failed:
+        item.config.stash.setdefault(BROKEN, set()).add(item.nodeid.partition("[")[0])
+    return result
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave what a full run found."""
+    stash = session.config.stash
+    kept, broken = stash.get(KEPT, []), stash.get(BROKEN, set())
+    if session.config.getoption("--full") and (kept or broken):
+        promises.write(kept, broken)

@@ -47,6 +47,15 @@ def server_context() -> ssl.SSLContext:
 
 
 @functools.cache
+def older_context() -> ssl.SSLContext:
+    """The same for TLS 1.2, where the last packet of the handshake is the server's."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    authority().issue_cert("127.0.0.1").configure_cert(context)
+    return context
+
+
+@functools.cache
 def client_context() -> ssl.SSLContext:
     """What a client needs to trust the servers, made once."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -105,11 +114,17 @@ class SocketPipe:
 class TLSPipe:
     """TLS in memory, so that it can lie upon TLS, and so that a close without goodbye is really one."""
 
-    def __init__(self, lower: Pipe, context: ssl.SSLContext) -> None:
+    def __init__(self, lower: Pipe, context: ssl.SSLContext, greeting: bytes = b"") -> None:
         self.lower = lower
+        self.greeting = greeting
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
-        self._run(self.tls.do_handshake)
+        self._run(self._shake_hands)
+
+    def _shake_hands(self) -> None:
+        self.tls.do_handshake()
+        if self.greeting:
+            self.tls.write(self.greeting)  # in one packet with the end of the handshake
 
     def _run(self, call: Callable[[], Any]) -> Any:
         while True:
@@ -391,7 +406,9 @@ class FaultServer:
 
     `tls`: TLS from the first byte. `closing`: how probable it is, after each answer, that the connection is closed at
     some moment before the next one; drawn from `seed`. `accepting=False`: connections are never accepted, and the queue
-    is full. `refuse_tunnels`: the status line that answers CONNECT.
+    is full. `refuse_tunnels`: the status line that answers CONNECT. `greeting`: what the first connection gets before
+    any request, in the last packet of a TLS 1.2 handshake. `answer_connect`, set at any time, answers the next CONNECT.
+    `receive_buffer`: how many bytes a connection takes in before anybody reads them.
     """
 
     def __init__(
@@ -402,11 +419,15 @@ class FaultServer:
         seed: int = 0,
         accepting: bool = True,
         refuse_tunnels: str | None = None,
+        greeting: bytes = b"",
+        receive_buffer: int | None = None,
     ) -> None:
         self.tls = tls
         self.closing = closing
         self.seed = seed
         self.refuse_tunnels = refuse_tunnels
+        self.greeting = greeting
+        self.answer_connect: Behaviour | None = None
         self.record = Record()
         self.behaviours = dict(BEHAVIOURS)
         self.stopped = threading.Event()
@@ -416,6 +437,8 @@ class FaultServer:
         self._fillers: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=5000 if accepting else 0)
+        if receive_buffer is not None:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.port: int = self._listener.getsockname()[1]
         if accepting:
             self._start(self._accept)
@@ -487,14 +510,15 @@ class FaultServer:
         try:
             pipe: Pipe = SocketPipe(sock)
             if self.tls:
-                pipe = TLSPipe(pipe, server_context())
+                greeting, self.greeting = self.greeting, b""
+                pipe = TLSPipe(pipe, older_context() if greeting else server_context(), greeting)
             self._converse(pipe, sock, chance)
         except (OSError, Closed):  # ssl.SSLError is an OSError
             pass
         finally:
+            sock.close()
             with self._lock:
                 self._sockets.discard(sock)
-            sock.close()
 
     def _converse(self, pipe: Pipe, sock: socket.socket, chance: random.Random) -> NoReturn:
         rest = b""
@@ -539,7 +563,11 @@ class FaultServer:
         if self.refuse_tunnels is not None:
             pipe.send(f"HTTP/1.1 {self.refuse_tunnels}\r\nContent-Length: 0\r\n\r\n".encode())
             raise Closed
-        pipe.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        answer, self.answer_connect = self.answer_connect, None
+        if answer is None:
+            pipe.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        else:
+            answer(Exchange(self, pipe, sock, request))
         self._converse(TLSPipe(pipe, server_context()), sock, chance)
 
     def _socks(self, pipe: Pipe, sock: socket.socket, chance: random.Random) -> NoReturn:

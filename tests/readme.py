@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 
+from . import promises
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 RACE = ROOT / "benchmarks" / "results" / "race.json"
@@ -43,7 +45,7 @@ def race() -> str:
 
 def render(text: str) -> str:
     """`text` with its generated parts made anew."""
-    for name, make in (("cli-help", cli_help), ("race", race)):
+    for name, make in (("cli-help", cli_help), ("race", race), ("promises", promises.table)):
         before, marker, rest = text.partition(f"<!-- {name} -->\n")
         after = re.search(r"^##+ ", rest, re.MULTILINE)
         assert after is not None

@@ -33,6 +33,7 @@ from layer_async import (
 )
 from layer_async.sandbox import Sandbox, serve
 
+from .conftest import PromiseRecord
 from .faultserver import FaultServer, client_context
 
 pytestmark = [pytest.mark.anyio, pytest.mark.promise]
@@ -80,7 +81,14 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 @pytest.mark.parametrize(("way", "anyio_backend"), [("scope", "asyncio"), ("scope", "trio"), ("native", "asyncio")])
 async def test_calls_cancelled_at_random_lose_nothing(
-    way: str, anyio_backend: str, tls: bool, full: bool, seed: int, report: list[str], no_collector: None
+    way: str,
+    anyio_backend: str,
+    tls: bool,
+    full: bool,
+    seed: int,
+    report: list[str],
+    no_collector: None,
+    promise_record: PromiseRecord,
 ) -> None:
     total, size = (100_000 if full else 1_000), 8
     dice = random.Random(seed)
@@ -119,13 +127,19 @@ async def test_calls_cancelled_at_random_lose_nothing(
                 await client.fetch_all([f"/ok/{n}" for n in range(size * 3)], workers=size * 3)
         assert await sockets_left(server, before) == 0
         report.append(f"{total} calls, {cancelled} cancelled, nothing lost")
+        promise_record(
+            "cancellation of whole calls at random points",
+            promised="100,000 calls, plain and TLS: 0 slots or sockets lost",
+            measured="0 in {:,.0f} cancelled",
+            total=cancelled,
+        )
 
 
 # Keep-alive
 
 
 async def test_connections_closed_at_random_fail_no_safe_call_and_run_no_post_twice(
-    full: bool, seed: int, report: list[str]
+    full: bool, seed: int, report: list[str], promise_record: PromiseRecord
 ) -> None:
     total = 10_000 if full else 600
     with FaultServer(closing=0.3, seed=seed) as server:
@@ -154,6 +168,12 @@ async def test_connections_closed_at_random_fail_no_safe_call_and_run_no_post_tw
         posts = {path: times for path, times in server.record.executed.items() if "post-" in path}
         assert [path for path, times in posts.items() if times > 1] == []
         report.append(f"{total} calls, {lost} POSTs without an answer, {server.record.connections} connections")
+        promise_record(
+            "stale keep-alive",
+            promised="0 of 10,000 idempotent calls fail, 0 POSTs executed twice",
+            measured="0 and 0 of {:,.0f} calls",
+            total=total,
+        )
 
 
 # Many at once
@@ -223,7 +243,7 @@ async def _longest_stall(run: Callable[..., Awaitable[None]], *arguments: Any) -
 
 @linux
 async def test_closing_with_thousands_waiting_is_quick_and_leaves_no_socket(
-    full: bool, report: list[str], no_collector: None
+    full: bool, report: list[str], no_collector: None, promise_record: PromiseRecord
 ) -> None:
     total = 10_000 if full else 2_000
     with FaultServer() as server:
@@ -249,13 +269,18 @@ async def test_closing_with_thousands_waiting_is_quick_and_leaves_no_socket(
         assert outcomes == [ClientClosedError.__name__] * total
         assert elapsed < 1.0
     report.append(f"{total} pending, closed in {elapsed * 1e3:.0f} ms")
+    promise_record(
+        "closing with 10,000 pending", promised="< 1 s, 0 sockets left", measured="{:.2f} s, 0 left", most=elapsed
+    )
 
 
 # Deadline
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
-async def test_no_call_outlives_its_deadline(tls: bool, full: bool, report: list[str], seed: int) -> None:
+async def test_no_call_outlives_its_deadline(
+    tls: bool, full: bool, report: list[str], seed: int, promise_record: PromiseRecord
+) -> None:
     waiting = 10_000 if full else 500
     bounds = {"idle": 0.05, "loaded": 0.25} if full else {"idle": 0.5, "loaded": 1.0}
     worst = {}
@@ -273,6 +298,13 @@ async def test_no_call_outlives_its_deadline(tls: bool, full: bool, report: list
     for name, bound in bounds.items():
         assert worst[name] < bound
     report.append(", ".join(f"{name}: {seconds * 1e3:.0f} ms late at most" for name, seconds in worst.items()))
+    for name, seconds in worst.items():
+        promise_record(
+            {"idle": "deadline overrun, idle", "loaded": "deadline overrun, 10,000 calls waiting"}[name],
+            promised={"idle": "≤ 50 ms", "loaded": "≤ 250 ms"}[name],
+            measured="{:.0f} ms",
+            most=seconds * 1e3,
+        )
 
 
 async def _until_cancelled(client: AsyncLayerClient) -> None:

@@ -28,6 +28,7 @@ from layer_async._exchange import EXTENSION, ExchangeRecord
 from layer_async._pool import ConnectionPool
 from layer_async._transport import LayerTransport
 
+from .conftest import PromiseRecord
 from .faultserver import FaultServer, client_context
 
 pytestmark = [
@@ -161,7 +162,7 @@ CANCELS: dict[str, Callable[..., Awaitable[bool]]] = {
 @pytest.mark.parametrize(("way", "anyio_backend"), WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 async def test_cancels_at_random_points_lose_no_slot_no_socket_and_no_place_in_the_queue(
-    kind: str, way: str, full: bool, seed: int, report: list[str]
+    kind: str, way: str, full: bool, seed: int, report: list[str], promise_record: PromiseRecord
 ) -> None:
     wanted = (100_000 if full else 5000) // (len(KINDS) * len(WAYS))
     chance = random.Random(seed)
@@ -188,6 +189,12 @@ async def test_cancels_at_random_points_lose_no_slot_no_socket_and_no_place_in_t
                 group.start_soon(worker)
         await at.assert_whole()
     report.append(f"{cancelled} of {calls} calls cancelled")
+    promise_record(
+        "cancellation at random points: plain, TLS, proxy, tunnel; scope, native, wait_for; asyncio, trio",
+        promised="100,000 cancels: 0 slots, sockets or places lost",
+        measured="0 in {:,.0f}",
+        total=cancelled,
+    )
 
 
 @types.coroutine
