@@ -34,6 +34,7 @@ from ._errors import (
     UnprocessableEntityError,
 )
 from ._options import BodyOptions, CallOptions, ViewOptions
+from ._pacing import Pacing
 from ._pool import ConnectionPool, PoolStats
 from ._retry import CallNext, Middleware, RetryBudget, RetryMiddleware, RetryPolicy
 from ._telemetry import (
@@ -44,6 +45,7 @@ from ._telemetry import (
     LoggingObserver,
     Observer,
     OpenTelemetryObserver,
+    PaceChanged,
     RetryScheduled,
     TokensRefreshed,
 )
@@ -86,6 +88,8 @@ __all__ = [
     "Observer",
     "OpenTelemetryObserver",
     "Outcome",
+    "PaceChanged",
+    "Pacing",
     "PermissionDeniedError",
     "PoolStats",
     "RateLimitError",

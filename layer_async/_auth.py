@@ -102,6 +102,13 @@ async def _read_briefly(response: httpx.Response) -> bytes | None:
         return None
 
 
+async def _pass_gate(request: httpx.Request) -> None:
+    """The loop above does not see the attempt that follows here: ask its gate, where it has one."""
+    record = request.extensions.get(EXTENSION)
+    if isinstance(record, ExchangeRecord):
+        await record.pass_gate()
+
+
 # How tokens are replaced
 
 
@@ -312,6 +319,7 @@ class DualTokenAuth(httpx.Auth):
                 return
             if retried or not is_replayable(answered):
                 return
+            await _pass_gate(answered)
             request, retried = answered, True
 
     def _lost_tokens_on_the_way(self, request: httpx.Request, response: httpx.Response) -> bool:

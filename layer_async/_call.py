@@ -12,7 +12,6 @@ command line all come through here.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ from ._options import (
     merged_params,
 )
 from ._origin import Origin
-from ._pacing import Gate
+from ._pacing import Gate, Pacing
 from ._pool import ConnectionPool
 from ._retry import CallNext, Middleware, RetryBudget, RetryMiddleware, RetryPolicy
 from ._telemetry import CallFinished, Observer, notify
@@ -65,12 +64,16 @@ class QuietRequest(httpx.Request):
 
 
 class Identity:
-    """One pair of tokens as the server sees it: its auth, its retry budget, its gate. Not shared with other tokens."""
+    """One pair of tokens as the server sees it: its auth, its retry budget, its gate. Not shared with other tokens.
 
-    def __init__(self, auth: DualTokenAuth, observer: Observer) -> None:
+    Without `pacing` there is no gate: each call waits out what it was answered itself.
+    """
+
+    def __init__(self, auth: DualTokenAuth, pacing: Pacing | None, observer: Observer) -> None:
         self.auth = auth
+        self.pacing = pacing
         self.budget = RetryBudget()
-        self.gate = Gate(observer=observer)
+        self.gate = None if pacing is None else Gate(pacing, observer=observer)
 
 
 @attrs.frozen(kw_only=True)
@@ -162,6 +165,9 @@ class Call:
         record, settings, item = self.record, self.settings, current_item.get()
         record.idempotent = settings.idempotent
         record.is_patient = item is not None and item.is_patient
+        record.gate, record.scope = self.corridor.identity.gate, self.scope
+        if settings.retry is not None:
+            record.gate_limit = settings.retry.retry_after_max
         started = time.perf_counter()
         if settings.deadline is not None:
             self.scope.deadline = anyio.current_time() + settings.deadline
@@ -236,7 +242,7 @@ class Call:
 
     async def _respond(self) -> httpx.Response:
         corridor = self.corridor
-        if not corridor.middleware:
+        if not corridor.middleware and corridor.pool is not None:
             # A middleware needs a request, and may wait for other calls of this client, so that it must not hold a
             # slot: with one, calls build their requests and queue then.
             await self._admit()
@@ -285,29 +291,17 @@ class Call:
         """Wait at the gate while it is shut, then for a slot; no slot is held at the gate."""
         record, gate, pool = self.record, self.corridor.identity.gate, self.corridor.pool
         while record.slot is None:
-            while gate.is_shut:
-                record.phase = "gate"
-                await self._wait_at_gate()
+            asked = gate is not None and not gate.is_off
+            if asked:
+                await record.pass_gate()
             if self.corridor.is_closed():
                 raise ClientClosedError("the client is closed.")
             if pool is None:
                 return
             record.phase = "queue"
             record.slot = await pool.acquire()
-            if gate.is_shut:
-                record.release_slot()
-
-    async def _wait_at_gate(self) -> None:
-        """A bulk's item waits for as long as it takes: its own deadline stands still meanwhile."""
-        gate, scope = self.corridor.identity.gate, self.scope
-        if not self.record.is_patient:
-            return await gate.wait()
-        since, deadline = anyio.current_time(), scope.deadline
-        scope.deadline = math.inf
-        try:
-            return await gate.wait(patient=True)
-        finally:
-            scope.deadline = deadline + anyio.current_time() - since
+            if gate is not None and not gate.is_off and (gate.is_shut or not asked):
+                record.release_slot()  # the gate shut while the call stood in the queue
 
     async def _attempt(self, request: httpx.Request) -> httpx.Response:
         record, corridor = self.record, self.corridor
@@ -316,10 +310,13 @@ class Call:
         response: httpx.Response | None = None
         try:
             response = await self._send(request)
+            if corridor.identity.gate is not None:
+                corridor.identity.gate.hear(response.headers)
             while corridor.follow_redirects and self._may_follow(response):
                 history = [*response.history, response]
                 assert response.next_request is not None
                 await read_bounded(response, BODY_LIMIT, truncate=True)
+                await record.pass_gate()
                 response = await self._send(response.next_request)
                 response.history = history
             if not self.streamed or response.status_code >= 400:

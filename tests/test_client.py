@@ -43,12 +43,19 @@ from layer_async import (
     TokensRefreshed,
 )
 from layer_async import _errors as errors
+from layer_async._pacing import Gate
 
 pytestmark = pytest.mark.anyio
 
 BASE = "https://webapi.thelayer.com"
 TOKEN1, TOKEN2 = "primary-5ecret-aaaa", "secondary-5ecret-bbbb"
 AT_ONCE = RetryPolicy(backoff_initial=1e-9, backoff_max=1e-9)
+
+
+def gate_of(client: AsyncLayerClient) -> Gate:
+    gate = client._corridor.identity.gate
+    assert gate is not None
+    return gate
 
 
 @attrs.define
@@ -461,10 +468,10 @@ async def test_a_call_that_finds_the_gate_shut_for_longer_than_it_may_take_fails
 async def test_waiting_at_the_gate_uses_up_no_bulk_items_deadline(router: respx.MockRouter) -> None:
     router.get("/api/x").respond(200)
     async with make(deadline=0.002) as client:
-        client._corridor.identity.gate.shut(0.006)
+        gate_of(client).shut(0.006)
         with pytest.raises(DeadlineExceededError):
             await client.fetch_all(["/api/x"])
-        client._corridor.identity.gate.shut(0.006)
+        gate_of(client).shut(0.006)
         async with client.with_options(deadline=5).bulk(["/api/x"]) as outcomes:
             assert [outcome.ok async for outcome in outcomes] == [True]
 
@@ -479,7 +486,7 @@ async def test_a_call_that_gets_its_slot_while_the_gate_is_shut_gives_it_back_an
             tasks.start_soon(client.get, "/api/x")
             await anyio.wait_all_tasks_blocked()
             assert client.pool.stats.waiting == 1
-            client._corridor.identity.gate.shut(0.006)
+            gate_of(client).shut(0.006)
             slot.release()
             await anyio.wait_all_tasks_blocked()
             assert client.pool.stats.in_use == 0

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layer_async._errors import APITimeoutError, DeadlineExceededError
-from layer_async._pacing import NEWS, Closure, Gate
+from layer_async._pace import NEWS, Closure
+from layer_async._pacing import Gate
 from layer_async._telemetry import Event, GateShut
 
 REPEATABLE = settings(derandomize=True, deadline=None, database=None)
