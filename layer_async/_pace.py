@@ -1,7 +1,7 @@
 """The pace: how many attempts a second a quota that nobody told us seems to allow. Pure: times are given, never read.
 
-Rules: off until the first 429. Then the pace grows until the next one, and is cut (`CUT`) to less than what was let in
-before it: those who had more lose more, which keeps processes that know nothing of each other fair. The attempts that
+Rules: off until the first 429. Then the pace grows until the next one, and is cut to less than what was let in before
+it: those who had more lose more, which keeps processes that know nothing of each other fair. The attempts that
 were under way when the pace was cut are no news. While no attempt gets in, the quota is still used up, and nothing is
 learned but how long that lasts. Where the limit is met at the same pace again and again, the pace is held below it
 for longer each time, since to find out costs a wait. What is said in the head of an answer is believed; what cannot be
@@ -24,8 +24,19 @@ __all__ = ["Closure", "Limits", "Pace", "read_limits"]
 NEWS = 0.1
 """Answers that say "slow down" within so many seconds are one piece of news."""
 
-CUT = 0.85
-"""What is left of the measured rate after a 429."""
+CUT, LEAST_CUT = 0.15, 0.04
+"""By how much the measured rate is cut after a 429: by less, the longer it went well before."""
+
+SOON = 1.5  # seconds; a 429 that comes later than that is no sign of a pace far too high
+
+GROWTH = 2.0
+"""Attempts a second, by which the pace grows each second after a full cut; and a fiftieth of itself."""
+
+HASTE = 5.0  # seconds for which it grows evenly, then faster and faster: the quota may have come back
+SURE = 2  # so often in a row the limit must be the same before the pace is held below it
+HOLD = 8.0  # for so many times the wait that it costs to find out, each time once more
+LONGEST_HOLD = 15.0
+COSTLY = 0.8  # seconds; a shorter wait is not worth holding the pace for
 
 ALLOWANCE = 0.02
 """How many seconds ahead of its time an attempt may start: timers are late, and bursts of so little harm no quota."""
@@ -37,8 +48,9 @@ DOUBLING = 0.25
 SLOWEST = 0.05
 LOOK_BACK = 5.0
 SAME = 0.06  # two limits that differ by less are one
-HELD = 0.95  # of the limit, where it is known
+HELD = 0.95  # where it is known, the pace is held at so much of it
 RETRY_AFTER_UNIT = 1.0  # whole seconds: what is asked for may be longer than needed by so much
+LONGEST_FIELD = 1000  # bytes; what is longer was not written to be read
 EPOCH = 1e9  # a reset above this is a date
 
 
@@ -104,7 +116,9 @@ class Pace:
         "_base",
         "_capped_at",
         "_capped_until",
+        "_closed",
         "_cycle",
+        "_depth",
         "_first",
         "_known",
         "_mark",
@@ -137,6 +151,8 @@ class Pace:
         self._next = -math.inf  # when the next attempt would start, evenly spaced
         self._pressed = False  # whether somebody had to wait
         self._misses = 0
+        self._closed = 0.0  # seconds in which nothing was let in, the last time
+        self._depth = CUT  # by how much it was cut
         self._cycle: _Cycle | None = None
         self._samples: deque[tuple[float, int]] = deque(maxlen=int(LOOK_BACK * 4))
         self._capped_at = math.inf
@@ -208,6 +224,7 @@ class Pace:
             self._misses = 0
             self._cycle = self._measured(now, turn, admitted)
             self._learn(self._cycle, wait)
+        self._depth = min(CUT, max(LEAST_CUT, CUT * SOON / max(now - self._opened_at, SOON)))
         self._age = 0.0
         self._pressed = False
         self._opened_at = self._moved_at = now + wait
@@ -236,18 +253,18 @@ class Pace:
         age, base = self._age, self._base
         if base is None:
             return FIRST_RATE * math.exp2(min(age / DOUBLING, 40.0))
-        low = base * CUT
+        low = base * (1 - self._depth)
         if not self._known:  # the first guess may be far off
             return low * math.exp(min(0.3 * age, 40.0))
-        slope = 3.0 * min(1.0, self._peak / 12) + 0.02 * self._peak
-        if self._streak < 2:
-            return low + slope * age * (1 + max(0.0, age - 5) / 10)
+        slope = (GROWTH * min(1.0, self._peak / 12) + 0.02 * self._peak) * self._depth / CUT
+        if self._streak < SURE or self._closed < COSTLY:
+            return low + slope * age * (1 + (max(0.0, age - HASTE) / HASTE) ** 2)
         top = max(low, HELD * self._peak)
         if low + slope * age < top:
             return low + slope * age
-        held = min(6.0 * (self._streak - 1), 30.0)
+        held = min(HOLD * (self._streak - SURE + 1) * self._closed, LONGEST_HOLD)
         past = max(0.0, age - (top - low) / slope - held)
-        return top * (1 + 0.004 * past + (past / 25) ** 4)
+        return top * (1 + 0.004 * past + (past / 10) ** 3)
 
     def _measured(self, now: float, turn: int, admitted: int) -> _Cycle:
         seconds = max(now - self._opened_at, 1e-3)
@@ -262,6 +279,7 @@ class Pace:
     def _learn(self, cycle: _Cycle, closed: float) -> None:
         """Set the limit by a cycle that was followed by `closed` seconds in which nothing was let in."""
         rate, peak = cycle.rate, cycle.peak
+        self._closed = closed
         if cycle.before is None or closed > 2:
             # A first guess, or a window: the rate over the whole cycle is the least that the quota can be (the wait may
             # have been longer than needed), the rate without what the wait may have been too long is the most.
@@ -297,6 +315,8 @@ def read_limits(headers: Iterable[tuple[bytes, bytes]], wall_clock: float) -> Li
     found: dict[str, str] = {}
     date = ""
     for name, value in headers:
+        if len(value) > LONGEST_FIELD:
+            continue
         lower = name.lower()
         if _NAME in lower.replace(b"-", b""):
             found[lower.decode("latin-1").removeprefix("x-").replace("rate-limit", "ratelimit")] = value.decode(
@@ -324,6 +344,8 @@ def _number(text: str) -> float | None:
 
 def _structured(state: str, policy: str) -> Limits | None:
     """The quota of which the least is left, by `RateLimit`, with its size by `RateLimit-Policy`."""
+    if state.count('"') % 2:
+        return None
     sizes = {_label(item): _parameters(item) for item in _ITEM.findall(policy)}
     tightest: Limits | None = None
     if "limit" in (whole := _parameters(f",{state}")):
