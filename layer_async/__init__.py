@@ -35,6 +35,7 @@ from ._errors import (
     UnprocessableEntityError,
 )
 from ._options import BodyOptions, CallOptions, ViewOptions
+from ._pacing import Pacing
 from ._pool import ConnectionPool, PoolStats
 from ._retry import CallNext, Middleware, RetryBudget, RetryMiddleware, RetryPolicy
 from ._telemetry import (
@@ -45,6 +46,7 @@ from ._telemetry import (
     LoggingObserver,
     Observer,
     OpenTelemetryObserver,
+    PaceChanged,
     RetryScheduled,
     TokensRefreshed,
 )
@@ -93,6 +95,8 @@ __all__ = [
     "OffsetLimit",
     "OpenTelemetryObserver",
     "Outcome",
+    "PaceChanged",
+    "Pacing",
     "PageNumber",
     "Pages",
     "PermissionDeniedError",

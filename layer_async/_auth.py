@@ -59,6 +59,13 @@ async def _read_briefly(response: httpx.Response) -> bytes | None:
         return None
 
 
+async def _pass_gate(request: httpx.Request) -> None:
+    """The loop above does not see the attempt that follows here: ask its gate, where it has one."""
+    record = request.extensions.get(EXTENSION)
+    if isinstance(record, ExchangeRecord):
+        await record.pass_gate()
+
+
 # How tokens are replaced
 
 
@@ -348,6 +355,7 @@ class DualTokenAuth(httpx.Auth):
         if not await self._has_newer(turn, response) or turn.is_second or not is_replayable(answered):
             return None
         turn.is_second = True
+        await _pass_gate(answered)
         return answered
 
     def _lost_tokens_on_the_way(self, request: httpx.Request, response: httpx.Response) -> bool:

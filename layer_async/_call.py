@@ -51,7 +51,7 @@ from ._options import (
     merged_params,
 )
 from ._origin import Origin
-from ._pacing import Gate
+from ._pacing import Gate, Pacing
 from ._pool import ConnectionPool
 from ._retry import CallNext, Middleware, RetryBudget, RetryMiddleware, RetryPolicy
 from ._telemetry import CallFinished, Observer, hears_all, notify
@@ -91,12 +91,16 @@ class Lane(Protocol):
 
 
 class Identity:
-    """One pair of tokens as the server sees it: its auth, its retry budget, its gate. Not shared with other tokens."""
+    """One pair of tokens as the server sees it: its auth, its retry budget, its gate. Not shared with other tokens.
 
-    def __init__(self, auth: DualTokenAuth, observer: Observer) -> None:
+    Without `pacing` there is no gate: each call waits out what it was answered itself.
+    """
+
+    def __init__(self, auth: DualTokenAuth, pacing: Pacing | None, observer: Observer) -> None:
         self.auth = auth
+        self.pacing = pacing
         self.budget = RetryBudget()
-        self.gate = Gate(observer=observer)
+        self.gate = None if pacing is None else Gate(pacing, observer=observer)
         self._retry = RetryMiddleware(budget=self.budget, gate=self.gate, observer=observer)
 
     def retry(self, policy: RetryPolicy | None) -> RetryMiddleware:
@@ -200,7 +204,6 @@ class Call:
     streamed: bool
     document: bytes | None
     record: ExchangeRecord = attrs.field(factory=ExchangeRecord)
-    scope: anyio.CancelScope = attrs.field(init=False)
     request: httpx.Request | None = None
 
     async def run(self) -> Any:
@@ -212,9 +215,12 @@ class Call:
         record, settings, item = self.record, self.settings, current_item.get()
         record.idempotent = settings.idempotent
         record.is_patient = item is not None and item.is_patient
+        if settings.retry is not None:
+            record.gate_limit = settings.retry.retry_after_max
         started = time.perf_counter()
         deadline = math.inf if settings.deadline is None else anyio.current_time() + settings.deadline
-        self.scope = scope = anyio.CancelScope(deadline=deadline)
+        scope = anyio.CancelScope(deadline=deadline)
+        record.gate, record.scope = self.corridor.identity.gate, scope
         status: int | None = None
         error: str | None = None
         value: Any = None
@@ -293,7 +299,7 @@ class Call:
 
     async def _respond(self) -> httpx.Response:
         corridor = self.corridor
-        if not corridor.middleware:
+        if not corridor.middleware and corridor.pool is not None:
             # A middleware needs a request, and may wait for other calls of this client, so that it must not hold a
             # slot: with one, calls build their requests and queue then.
             await self._admit()
@@ -350,29 +356,17 @@ class Call:
         """Wait at the gate while it is shut, then for a slot; no slot is held at the gate."""
         record, gate, pool = self.record, self.corridor.identity.gate, self.corridor.pool
         while record.slot is None:
-            while gate.is_shut:
-                record.phase = "gate"
-                await self._wait_at_gate()
+            asked = gate is not None and not gate.is_off
+            if asked:
+                await record.pass_gate()
             if self.corridor.is_closed():
                 raise ClientClosedError("the client is closed.")
             if pool is None:
                 return
             record.phase = "queue"
             record.slot = await pool.acquire()
-            if gate.is_shut:
-                record.release_slot()
-
-    async def _wait_at_gate(self) -> None:
-        """A bulk's item waits for as long as it takes: its own deadline stands still meanwhile."""
-        gate, scope = self.corridor.identity.gate, self.scope
-        if not self.record.is_patient:
-            return await gate.wait()
-        since, deadline = anyio.current_time(), scope.deadline
-        scope.deadline = math.inf
-        try:
-            return await gate.wait(patient=True)
-        finally:
-            scope.deadline = deadline + anyio.current_time() - since
+            if gate is not None and not gate.is_off and (gate.is_shut or not asked):
+                record.release_slot()  # the gate shut while the call stood in the queue
 
     async def _attempt(self, request: httpx.Request) -> httpx.Response:
         record, corridor = self.record, self.corridor
@@ -389,10 +383,13 @@ class Call:
                 response = await lane.exchange(request, record, auth, limit)
             else:
                 response = await self._send(request)
+            if corridor.identity.gate is not None:
+                corridor.identity.gate.hear(response.headers)
             while corridor.follow_redirects and self._may_follow(response):
                 history = [*response.history, response]
                 assert response.next_request is not None
                 await read_bounded(response, BODY_LIMIT, truncate=True)
+                await record.pass_gate()
                 response = await self._send(response.next_request)
                 response.history = history
                 is_read = False

@@ -34,6 +34,7 @@ from ._options import (
     checked_deadline,
     checked_headers,
     checked_middleware,
+    checked_pacing,
     checked_proxy_url,
     checked_retry,
     checked_size,
@@ -41,6 +42,7 @@ from ._options import (
     merged_headers,
 )
 from ._origin import Origin
+from ._pacing import Pacing
 from ._pool import ConnectionPool
 from ._retry import Middleware, RetryPolicy
 from ._telemetry import LoggingObserver, Observer, TokensRefreshed, notify
@@ -73,6 +75,8 @@ class AsyncLayerClient:
     `timeout`: seconds for each phase of one attempt (a float sets connect, read and write), or an `httpx.Timeout`.
     `deadline`: seconds from the start of a call to its end, with queue, attempts, sleeps and body; None: no bound.
     `retry`: what is tried again and how often; None: one attempt.
+    `pacing`: how the client keeps to the API's quota: by default it is learned; `Pacing(rate=50)` where it is known;
+    None: not at all, so that each call waits out its own `Retry-After`.
     `limits`: connections, and so attempts on the wire at once; and how long idle ones are kept, in seconds.
     `middleware`: async callables `(request, call_next) -> httpx.Response`, the first is outermost; once a call.
     `classify`: is asked about each answer below 400, read, and may return the `LayerError` that it really means.
@@ -103,6 +107,7 @@ class AsyncLayerClient:
         timeout: float | httpx.Timeout = TIMEOUT,
         deadline: float | None = DEADLINE,
         retry: RetryPolicy | None = RetryPolicy(),  # noqa: B008 - frozen
+        pacing: Pacing | None = Pacing(),  # noqa: B008 - frozen
         limits: httpx.Limits | None = None,
         middleware: Sequence[Middleware] = (),
         classify: Callable[[httpx.Response], LayerError | None] | None = None,
@@ -149,7 +154,7 @@ class AsyncLayerClient:
             lane=_lane(self._http, self._origin, own_headers),
             pool=self._pool,
             origin=self._origin,
-            identity=self._identity(source["source"]),
+            identity=self._identity(source["source"], checked_pacing(pacing)),
             headers=own_headers,
             settings=settings,
             middleware=stages,
@@ -161,7 +166,7 @@ class AsyncLayerClient:
         )
         self._closed = False
 
-    def _identity(self, source: TokenPair | TokenSource) -> Identity:
+    def _identity(self, source: TokenPair | TokenSource, pacing: Pacing | None) -> Identity:
         observer = self._observer
         assert self._origin is not None
         auth = DualTokenAuth(
@@ -170,7 +175,7 @@ class AsyncLayerClient:
             allow_http=self._allow_http,
             on_refresh=lambda generation: notify(observer, TokensRefreshed(generation)),
         )
-        return Identity(auth, observer)
+        return Identity(auth, pacing, observer)
 
     def _is_closed(self) -> bool:
         return self._closed or self._root is None or self._root._closed
@@ -513,7 +518,9 @@ class AsyncLayerClient:
             is_closed=view._is_closed,
         )
         if given.get("tokens") is not None:
-            view._corridor.identity = view._identity(resolve_tokens(tokens=given.get("tokens")))
+            view._corridor.identity = view._identity(
+                resolve_tokens(tokens=given.get("tokens")), self._corridor.identity.pacing
+            )
         return view
 
     @property
@@ -530,6 +537,15 @@ class AsyncLayerClient:
         if self._pool is None:
             raise ConfigurationError("this client runs on a transport of yours: its connections are not ours to count.")
         return self._pool
+
+    @property
+    def pace(self) -> float | None:
+        """Attempts a second that the API's quota seems to allow these tokens, or that `pacing` gave.
+
+        None while nothing is known of a quota, and without `pacing`.
+        """
+        gate = self._corridor.identity.gate
+        return None if gate is None else gate.rate
 
     async def aclose(self) -> None:
         """Close the client: waiting calls fail with `ClientClosedError`, every socket is closed. Harmless twice."""

@@ -8,11 +8,13 @@ its body cannot be sent again unless httpx holds it in memory).
 from __future__ import annotations
 
 import email.utils
+import math
 import re
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Generator
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
+import anyio
 import attrs
 import httpx
 
@@ -37,6 +39,19 @@ class Releasable(Protocol):
         """Give it back, closing what is still open under it; synchronous, and harmless when already done."""
 
 
+class Passable(Protocol):
+    """A gate, as far as one attempt knows it."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nobody has to ask."""
+        ...
+
+    async def wait(self, *, patient: bool, longest: float) -> int:
+        """Return when the attempt may start, with its number."""
+        ...
+
+
 @attrs.define(eq=False)
 class ExchangeRecord:
     """What is known of a call, kept across its attempts.
@@ -48,7 +63,8 @@ class ExchangeRecord:
     is the request as errors and events show it, once somebody has wanted it. `idempotent` is the caller's word on an
     unsafe method. `is_patient`: the call belongs to a bulk, and waits out any number of 429s. `fresh` asks the
     transport for a new connection, since an idle one has just turned out to be dead. `source_error` is what the source
-    of the tokens raised: no matter of the API's, whatever its class.
+    of the tokens raised: no matter of the API's, whatever its class. `gate` is where each attempt asks, `gate_limit`
+    for how many seconds it may be shut, `turn` the number that the last attempt got there; `scope` bounds the call.
     """
 
     bytes_written: int | None = None
@@ -64,6 +80,10 @@ class ExchangeRecord:
     is_patient: bool = False
     fresh: bool = False
     source_error: Exception | None = attrs.field(default=None, repr=False)
+    gate: Passable | None = None
+    gate_limit: float = math.inf
+    turn: int = 0
+    scope: anyio.CancelScope | None = None
 
     @classmethod
     def of(cls, request: Any) -> ExchangeRecord:
@@ -82,6 +102,34 @@ class ExchangeRecord:
         slot, self.slot = self.slot, None
         if slot is not None:
             slot.release()
+
+    async def pass_gate(self) -> None:
+        """Wait at the gate until an attempt may start, holding no slot; a bulk's item for as long as it takes."""
+        gate = self.gate
+        if gate is None or gate.is_off:
+            return
+        self.release_slot()
+        phase, self.phase = self.phase, "gate"
+        if self.is_patient:
+            with self.deadline_at_rest():
+                self.turn = await gate.wait(patient=True, longest=math.inf)
+        else:
+            self.turn = await gate.wait(patient=False, longest=self.gate_limit)
+        self.phase = phase  # only now: an error that ends the wait is to find the phase that it ended
+
+    @contextmanager
+    def deadline_at_rest(self) -> Generator[None, None, None]:
+        """What happens meanwhile uses up none of the call's time."""
+        scope = self.scope
+        if scope is None:
+            yield
+            return
+        since, deadline = anyio.current_time(), scope.deadline
+        scope.deadline = math.inf
+        try:
+            yield
+        finally:
+            scope.deadline = deadline + anyio.current_time() - since
 
 
 def is_replayable(request: httpx.Request) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, TypedDict, TypeVar
 import httpx
 
 from ._errors import ConfigurationError
+from ._pacing import Pacing
 from ._retry import RetryPolicy
 from ._tokens import TokenPair, TokenSource
 
@@ -101,6 +102,12 @@ def checked_retry(value: Any) -> RetryPolicy | None:
     if value is None or isinstance(value, RetryPolicy):
         return value
     raise ConfigurationError(f"retry must be a RetryPolicy or None, not {type(value).__name__}.")
+
+
+def checked_pacing(value: Any) -> Pacing | None:
+    if value is None or isinstance(value, Pacing):
+        return value
+    raise ConfigurationError(f"pacing must be a Pacing or None, not {type(value).__name__}.")
 
 
 def checked_size(value: Any) -> int | None:

@@ -33,18 +33,19 @@ __all__ = [
     "Shuttable",
 ]
 
-PATIENCE = 3600.0
-"""How long a `Retry-After` may be, in seconds, for calls that wait out any 429."""
-
 CallNext = Callable[[httpx.Request], Awaitable[httpx.Response]]
 Middleware = Callable[[httpx.Request, CallNext], Awaitable[httpx.Response]]
 
 
-class Shuttable(Protocol):
-    """A gate, as far as this room knows it: `call_next` waits there, this room only shuts it."""
+PATIENCE = 3600.0
+"""The longest that a bulk's item sleeps for one 429, in seconds; then the server is asked again."""
 
-    def shut(self, seconds: float) -> None:
-        """Let no attempt through for `seconds` from now."""
+
+class Shuttable(Protocol):
+    """A gate, as far as this room knows it: `call_next` waits there, this room only tells it of each 429."""
+
+    def slow_down(self, seconds: float, *, turn: int, is_asked: bool) -> None:
+        """The attempt with number `turn` was answered 429. `seconds`: what the server asks for, else a guess."""
 
 
 # What follows
@@ -56,7 +57,7 @@ class Decision:
 
     `retry` says whether there is another attempt, `delay` after how many seconds, `fresh` whether on a new connection.
     `cost` is what the failure takes from the budget, whether or not there is another attempt. `at_gate` means that the
-    gate is to be shut for `delay`, likewise in either case. `refused` says why there is none: row, often, attempts,
+    gate is to hear of it, likewise in either case. `refused` says why there is none: row, often, attempts,
     body, retry-after, deadline or budget.
     """
 
@@ -121,8 +122,7 @@ class RetryPolicy:
 
         `safe`: the request may be sent again although it may have been processed. `replayable`: its body can be.
         `time_left`: seconds to the deadline. `attempt_time`: the read timeout, None for none. `jitter`: a random number
-        from 0 to 1. `patient`: a 429 is waited out, however often it comes and whatever the deadline, for as long as
-        the server asks up to `PATIENCE`.
+        from 0 to 1. `patient`: a 429 is waited out, however often it comes, whatever the deadline, and however long.
         """
         row = failure.row
         first_stale = failure.stale and not any(past.stale for past in earlier)
@@ -133,7 +133,7 @@ class RetryPolicy:
         else:
             delay = self.backoff(_backed_off(earlier), jitter)
         patient = patient and row is RATE_LIMITED
-        longest = max(PATIENCE, self.retry_after_max) if patient else self.retry_after_max
+        longest = math.inf if patient else self.retry_after_max
         bound = 0 if patient else self.rate_limited_attempts
         refused = self._refusal(failure, earlier, safe=safe, rate_limited_bound=bound)
         if refused is None and not replayable:
@@ -147,8 +147,7 @@ class RetryPolicy:
             retry=refused is None,
             delay=delay,
             cost=FREE if first_stale else row.cost,
-            # Nobody waits for longer than that, so a gate shut for longer would only delay the bad news.
-            at_gate=row is RATE_LIMITED and delay <= longest,
+            at_gate=row is RATE_LIMITED,
             fresh=row.fresh or failure.stale,
             refused=refused,
         )
@@ -314,14 +313,14 @@ class RetryMiddleware:
             time_left=anyio.current_effective_deadline() - anyio.current_time(),
             attempt_time=request.extensions.get("timeout", {}).get("read"),
             jitter=self._random(),
-            patient=record.is_patient and self._gate is not None,
+            patient=record.is_patient,
         )
         if not self.budget.withdraw(decision.cost) and decision.retry:
             decision = attrs.evolve(decision, retry=False, refused="budget")
         earlier.append(failure)
         record.maybe_processed = record.maybe_processed or (failure.processed and not safe)
         if decision.at_gate and self._gate is not None:
-            self._gate.shut(decision.delay)
+            self._gate.slow_down(decision.delay, turn=record.turn, is_asked=failure.retry_after is not None)
         delay = decision.delay if decision.retry else None
         self._note(request, record, failure.cause, failure.status_code, delay, started)
         return decision
@@ -331,7 +330,11 @@ class RetryMiddleware:
         record.fresh = decision.fresh
         if decision.delay > 0 and not (decision.at_gate and self._gate is not None):
             record.phase = "sleep"
-            await self._sleep(decision.delay)
+            if decision.at_gate and record.is_patient:
+                with record.deadline_at_rest():
+                    await self._sleep(min(decision.delay, PATIENCE))
+            else:
+                await self._sleep(decision.delay)
             record.phase = "queue"
 
     def _note(

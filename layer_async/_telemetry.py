@@ -21,6 +21,7 @@ __all__ = [
     "LoggingObserver",
     "Observer",
     "OpenTelemetryObserver",
+    "PaceChanged",
     "RetryScheduled",
     "TokensRefreshed",
 ]
@@ -78,6 +79,16 @@ class GateShut(Value):
         self.delay = delay
 
 
+class PaceChanged(Value):
+    """The quota seems to allow `rate` attempts a second, noticeably more or less than was thought before."""
+
+    __match_args__ = ("rate",)
+    __slots__ = __match_args__
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+
 class TokensRefreshed(Value):
     """The source of the tokens was asked and gave a new pair; `generation` counts the pairs, from 1."""
 
@@ -107,7 +118,7 @@ class CallFinished(Value):
         self.elapsed = elapsed
 
 
-Event = AttemptFinished | RetryScheduled | GateShut | TokensRefreshed | CallFinished
+Event = AttemptFinished | RetryScheduled | GateShut | PaceChanged | TokensRefreshed | CallFinished
 
 
 class Observer(Protocol):
@@ -140,6 +151,16 @@ class LoggingObserver:
     def __call__(self, event: Event, /) -> None:
         """Log `event`."""
         match event:
+            case RetryScheduled():
+                logger.warning(
+                    "%s: attempt %d met %s, next in %.2f s", event.request, event.number, event.cause, event.delay
+                )
+            case GateShut():
+                logger.warning("the server said slow down: all attempts wait for %.2f s", event.delay)
+            case PaceChanged():
+                logger.info("the quota seems to allow %.3g attempts a second", event.rate)
+            case TokensRefreshed():
+                logger.info("new tokens, generation %d", event.generation)
             case AttemptFinished():
                 logger.debug(
                     "%s: attempt %d: %s in %.3f s",
@@ -148,14 +169,6 @@ class LoggingObserver:
                     event.error or event.status_code,
                     event.elapsed,
                 )
-            case RetryScheduled():
-                logger.warning(
-                    "%s: attempt %d met %s, next in %.2f s", event.request, event.number, event.cause, event.delay
-                )
-            case GateShut():
-                logger.warning("the server said slow down: all attempts wait for %.2f s", event.delay)
-            case TokensRefreshed():
-                logger.info("new tokens, generation %d", event.generation)
             case _:
                 logger.debug(
                     "%s: %s after %d attempts in %.3f s",
@@ -170,7 +183,8 @@ class OpenTelemetryObserver:
     """Counts events with OpenTelemetry: give it as `observer=`. Needs the extra `otel`, and a meter provider.
 
     `layer.call.duration` (seconds) and `layer.attempts` by method and outcome (a status, or an error's name),
-    `layer.retries` by cause, `layer.gate.shut` (seconds) and `layer.token.refreshes`. `meter` is an OpenTelemetry
+    `layer.retries` by cause, `layer.gate.shut` (seconds), `layer.pace` (attempts a second) and
+    `layer.token.refreshes`. `meter` is an OpenTelemetry
     meter; by default that of the global provider. No URL becomes an attribute: there may be as many as documents. For
     spans use OpenTelemetry's own instrumentation of httpx, which sees each attempt. Raises `ConfigurationError` without
     the extra.
@@ -190,6 +204,7 @@ class OpenTelemetryObserver:
         self._attempts = meter.create_counter("layer.attempts", "1", "attempts that came back")
         self._retries = meter.create_counter("layer.retries", "1", "attempts that followed a failed one")
         self._shut = meter.create_histogram("layer.gate.shut", "s", "for how long the server wanted no attempt")
+        self._pace = meter.create_histogram("layer.pace", "1/s", "attempts a second that the quota seems to allow")
         self._refreshes = meter.create_counter("layer.token.refreshes", "1", "pairs of tokens taken from the source")
 
     def __call__(self, event: Event, /) -> None:
@@ -203,6 +218,8 @@ class OpenTelemetryObserver:
                 self._retries.add(1, {"http.request.method": event.request.method, "layer.cause": event.cause})
             case GateShut():
                 self._shut.record(event.delay)
+            case PaceChanged():
+                self._pace.record(event.rate)
             case _:
                 self._refreshes.add(1)
 

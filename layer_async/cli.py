@@ -476,6 +476,11 @@ def sandbox(
     documents: int = 1000,
     faults: float = 0.0,
     rate: float | None = None,
+    burst: int | None = None,
+    window: float | None = None,
+    drop: tuple[float, float] | None = None,
+    retry_after: bool = True,
+    rate_headers: bool = False,
     rotate_after: int | None = None,
 ) -> int:
     """Serve a local stand-in for the API until Ctrl-C. It is illustrative: the real endpoints are not public.
@@ -492,18 +497,28 @@ def sandbox(
         The share of requests that meet a fault, from 0 to 1.
     rate: float
         A quota, in requests a second; over it the answer is 429.
+    burst: int
+        How many requests the quota lets in at once; default: one second's worth.
+    window: float
+        Makes it a fixed window of so many seconds.
+    drop: tuple[float, float]
+        From when to when, in seconds since the first request, there is only a third of the quota.
+    retry_after: bool
+        Whether a 429 says when to come again.
+    rate_headers: bool
+        Whether each answer says what is left, in X-RateLimit headers.
     rotate_after: int
         Replace the tokens after so many requests.
     """
     try:
-        from .sandbox import Faults, Quota, Sandbox
+        from .sandbox import Faults, Sandbox
         from .sandbox import run as serve
 
         app = Sandbox(
             seed=seed,
             documents=documents,
             faults=Faults.spread(faults),
-            quota=None if rate is None else Quota(rate=rate),
+            quota=_quota(rate, burst=burst, window=window, drop=drop, retry_after=retry_after, headers=rate_headers),
             rotate_after=rotate_after,
         )
     except (ImportError, ValueError) as exc:
@@ -524,6 +539,16 @@ def sandbox(
     except OSError as exc:
         raise ConfigurationError(f"port {port} cannot be used: {exc.strerror}.") from exc
     return 0
+
+
+def _quota(rate: float | None, **shape: Any) -> Any:
+    from .sandbox import Quota
+
+    if rate is not None:
+        return Quota(rate=rate, **shape)
+    if shape != {"burst": None, "window": None, "drop": None, "retry_after": True, "headers": False}:
+        raise ConfigurationError("say how large the quota is, with --rate.")
+    return None
 
 
 # The demo

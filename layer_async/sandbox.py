@@ -322,19 +322,25 @@ class Quota:
 
     `rate` is requests a second. Without `window` a token bucket that holds `burst` requests (default: one second's
     worth); with `window` (seconds) a fixed window of `rate * window` requests. `headers` adds `X-RateLimit-Limit`,
-    `-Remaining` and `-Reset` (whole seconds). Raises ValueError for anything that is not above zero.
+    `-Remaining` and `-Reset` (whole seconds). `drop` is from when to when, in seconds since the first request, there
+    is only a third of it. `retry_after=False` leaves that header out. Raises ValueError for anything that is not above
+    zero, and for a `drop` that does not end after it began.
     """
 
     rate: float
     burst: int | None = None
     window: float | None = None
     headers: bool = False
+    drop: tuple[float, float] | None = None
+    retry_after: bool = True
 
     def __attrs_post_init__(self) -> None:
         for name in ("rate", "burst", "window"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0")
+        if self.drop is not None and not 0 <= self.drop[0] < self.drop[1]:
+            raise ValueError("drop must be two numbers of seconds, the second one above the first")
 
     @property
     def capacity(self) -> int:
@@ -348,12 +354,15 @@ class _Meter:
     """What is left of a quota at a time."""
 
     def __init__(self, quota: Quota, now: float) -> None:
-        self._quota = quota
+        self.quota = quota
         self._left = float(quota.capacity)
         self._then = now
+        self._first: float | None = None
 
     def take(self, now: float) -> float:
         """Use one request up; the seconds to wait when there is none, else 0."""
+        if self._first is None:
+            self._first = now
         self._refill(now)
         if self._left >= 1:
             self._left -= 1
@@ -361,27 +370,32 @@ class _Meter:
         return self._reset(now)
 
     def headers(self, now: float) -> dict[str, str]:
-        if not self._quota.headers:
+        if not self.quota.headers:
             return {}
         return {
-            "X-RateLimit-Limit": str(self._quota.capacity),
+            "X-RateLimit-Limit": str(self.quota.capacity),
             "X-RateLimit-Remaining": str(int(self._left)),
             "X-RateLimit-Reset": str(math.ceil(self._reset(now))),
         }
 
     def _refill(self, now: float) -> None:
-        window = self._quota.window
+        window = self.quota.window
         if window is None:
-            self._left = min(self._quota.capacity, self._left + (now - self._then) * self._quota.rate)
+            self._left = min(self.quota.capacity, self._left + (now - self._then) * self._rate(now))
             self._then = now
         elif now - self._then >= window:
-            self._left = float(self._quota.capacity)
             self._then += (now - self._then) // window * window
+            self._left = float(max(1, int(self._rate(self._then) * window)))
+
+    def _rate(self, now: float) -> float:
+        drop, first = self.quota.drop, self._first
+        is_low = drop is not None and first is not None and drop[0] <= now - first < drop[1]
+        return self.quota.rate / 3 if is_low else self.quota.rate
 
     def _reset(self, now: float) -> float:
-        if self._quota.window is not None:
-            return self._then + self._quota.window - now
-        return max(0.0, 1 - self._left) / self._quota.rate
+        if self.quota.window is not None:
+            return self._then + self.quota.window - now
+        return max(0.0, 1 - self._left) / self._rate(now)
 
 
 @attrs.frozen(kw_only=True)
@@ -438,8 +452,9 @@ FAULT_KINDS = ("unavailable", "overloaded", "internal_error", "expired", "latenc
 class Record:
     """What a sandbox has seen and done. Requests outside `/api/` are not counted.
 
-    `requests`, `statuses` (by status), `paths` (by method and path, as "GET /api/sites/7"). `generations`: requests by
-    the generation of the pair that they bore (a pair once valid counts here also when it is refused by now); `mixed`:
+    `requests`, `admitted` (those within the quota, or all that came to it), `statuses` (by status), `paths` (by method
+    and path, as "GET /api/sites/7"). `generations`: requests by the generation of the pair that they bore (a pair once
+    valid counts here also when it is refused by now); `mixed`:
     tokens of two different pairs; `missing`: one or both tokens absent; `unknown`: never valid, or sent twice.
     `rotations`. `posts`: POSTs executed, `executions`: the same by the `request_key` of their bodies. `faults`: by
     kind. `served`: for each collection an array of how often the document with that id was sent whole, in a page or
@@ -448,6 +463,7 @@ class Record:
 
     seed: int
     requests: int = 0
+    admitted: int = 0
     statuses: Counter[int] = attrs.field(factory=Counter[int])
     paths: Counter[str] = attrs.field(factory=Counter[str])
     generations: Counter[int] = attrs.field(factory=Counter[int])
@@ -686,7 +702,11 @@ class Sandbox:
             self.rotate()
         wait = self._meter.take(self._clock()) if self._meter else 0.0
         if wait > 0:
-            raise HTTPException(429, "Too many requests.", {"Retry-After": str(max(1, math.ceil(wait)))})
+            says_when = self._meter is not None and self._meter.quota.retry_after
+            raise HTTPException(
+                429, "Too many requests.", {"Retry-After": str(max(1, math.ceil(wait)))} if says_when else None
+            )
+        self.record.admitted += 1
         if pair.read_only and request.method not in {"GET", "HEAD", "OPTIONS"}:
             raise HTTPException(403, "These tokens may only read.")
         if path.split("/")[2] == FORBIDDEN:

@@ -1016,7 +1016,9 @@ async def test_what_a_source_raises_is_no_failure_of_the_api(error: Exception, e
             results = await gather(5, lambda index: client.post(f"/{index}", json={}))
         assert (source.asked - asked, len(server.seen) - seen) == (1, 5 * expired)
         assert client._corridor.identity.budget.tokens == tokens
-        assert not client._corridor.identity.gate.is_shut
+        gate = client._corridor.identity.gate
+        assert gate is not None
+        assert not gate.is_shut
     assert {(type(result), result.args) for result in results} == {(type(error), error.args)}
     assert len({id(result) for result in results}) == 5
     assert [type(event) for event in events] == [CallFinished] * 5

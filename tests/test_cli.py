@@ -715,7 +715,21 @@ def test_the_sandbox_serves_until_it_is_told_to_end(
 
     announced = Announcement(begin)
     monkeypatch.setattr(sys, "stderr", announced)
-    ran = layer("sandbox", "--port", "0", "--seed", "5", "--rate", "100", "--rotate-after", "50")
+    ran = layer(
+        "sandbox",
+        "--port",
+        "0",
+        "--seed",
+        "5",
+        "--rate",
+        "100",
+        "--drop",
+        "10",
+        "20",
+        "--rate-headers",
+        "--rotate-after",
+        "50",
+    )
     threads[0].join()
     assert ran == Ran(code, b"", "")
     assert answers[0].json() == document("customers", 3, seed=5)
@@ -734,6 +748,9 @@ def test_a_port_in_use_is_told(layer: Layer, url: str) -> None:
     [
         (["sandbox", "--faults", "2"], "probabilities"),
         (["sandbox", "--rate", "0"], "rate must be above 0"),
+        (["sandbox", "--rate", "5", "--drop", "9", "3"], "drop must be"),
+        (["sandbox", "--window", "10"], "say how large the quota is, with --rate"),
+        (["sandbox", "--no-retry-after"], "say how large the quota is, with --rate"),
         (["sandbox", "--documents", "-1"], "documents must be at least 0"),
         (["sandbox", "--port", "65536"], "65535"),
         (["fetch", "-", "--out", "x", "--workers", "0"], "--workers"),

@@ -34,6 +34,7 @@ from layer_async import (
     MalformedResponseError,
     MissingTokensError,
     NotFoundError,
+    Pacing,
     RateLimitError,
     ResponseDecodeError,
     RetryPolicy,
@@ -43,12 +44,19 @@ from layer_async import (
     TokensRefreshed,
 )
 from layer_async import _errors as errors
+from layer_async._pacing import Gate
 
 pytestmark = pytest.mark.anyio
 
 BASE = "https://webapi.thelayer.com"
 TOKEN1, TOKEN2 = "primary-5ecret-aaaa", "secondary-5ecret-bbbb"
 AT_ONCE = RetryPolicy(backoff_initial=1e-9, backoff_max=1e-9)
+
+
+def gate_of(client: AsyncLayerClient) -> Gate:
+    gate = client._corridor.identity.gate
+    assert gate is not None
+    return gate
 
 
 @attrs.define
@@ -461,11 +469,11 @@ async def test_a_call_that_finds_the_gate_shut_for_longer_than_it_may_take_fails
 async def test_waiting_at_the_gate_uses_up_no_bulk_items_deadline(router: respx.MockRouter) -> None:
     router.get("/api/x").respond(200)
     async with make(deadline=0.002) as client:
-        client._corridor.identity.gate.shut(60)
+        gate_of(client).shut(60)
         with pytest.raises(DeadlineExceededError):
             await client.fetch_all(["/api/x"])
     async with make(deadline=0.002) as client:
-        client._corridor.identity.gate.shut(0.006)
+        gate_of(client).shut(0.006)
         async with client.with_options(deadline=5).bulk(["/api/x"]) as outcomes:
             assert [outcome.ok async for outcome in outcomes] == [True]
 
@@ -480,7 +488,7 @@ async def test_a_call_that_gets_its_slot_while_the_gate_is_shut_gives_it_back_an
             tasks.start_soon(client.get, "/api/x")
             await anyio.wait_all_tasks_blocked()
             assert client.pool.stats.waiting == 1
-            client._corridor.identity.gate.shut(0.006)
+            gate_of(client).shut(0.006)
             slot.release()
             await anyio.wait_all_tasks_blocked()
             assert client.pool.stats.in_use == 0
@@ -908,10 +916,10 @@ async def test_a_view_with_other_tokens_has_its_own_state(client: AsyncLayerClie
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(client.get, "/api/x")
         await anyio.wait_all_tasks_blocked()
-        assert client._corridor.identity.gate.is_shut
+        assert gate_of(client).is_shut
         with anyio.fail_after(5):
             assert (await view.get("/api/x")).status_code == 200
-        assert not view._corridor.identity.gate.is_shut
+        assert not gate_of(view).is_shut
         assert view._corridor.identity.budget is not client._corridor.identity.budget
         tasks.cancel_scope.cancel()
 
@@ -1114,7 +1122,7 @@ async def test_a_path_that_leads_elsewhere_is_refused_before_the_call_waits_for_
     async with make(limits=limits, deadline=None) as client:
         slot = None
         if where == "gate":
-            client._corridor.identity.gate.shut(60)
+            gate_of(client).shut(60)
         else:
             slot = await client.pool.acquire()
         with anyio.fail_after(5), pytest.raises(ConfigurationError) as caught:
@@ -1125,3 +1133,165 @@ async def test_a_path_that_leads_elsewhere_is_refused_before_the_call_waits_for_
                 pass
         if slot is not None:
             slot.release()
+
+
+# Pacing
+
+
+async def test_the_attempt_after_a_refresh_waits_at_the_gate_too(router: respx.MockRouter) -> None:
+    pairs = [TokenPair("old-token-1", "old-token-2"), TokenPair("new-token-1", "new-token-2")]
+    client = make(token1=None, token2=None, tokens=lambda: pairs.pop(0))
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        gate_of(client).shut(0.006)
+        return httpx.Response(401)
+
+    def accept(request: httpx.Request) -> httpx.Response:
+        assert not gate_of(client).is_shut
+        return httpx.Response(200)
+
+    answers = [refuse, accept]
+    router.get("/api/x").mock(side_effect=lambda request: answers.pop(0)(request))
+    async with client:
+        await client.get("/api/x")
+        assert answers == []
+        assert client.pool.stats.in_use == 0
+
+
+async def test_no_slot_is_held_by_a_call_whose_second_attempt_waits_at_the_gate(router: respx.MockRouter) -> None:
+    pairs = [TokenPair("old-token-1", "old-token-2"), TokenPair("new-token-1", "new-token-2")]
+    client = make(token1=None, token2=None, tokens=lambda: pairs.pop(0))
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        gate_of(client).shut(60.0)
+        return httpx.Response(401)
+
+    router.get("/api/x").mock(side_effect=refuse)
+    async with client:
+        with pytest.raises(DeadlineExceededError) as caught:
+            await client.get("/api/x", deadline=5)
+        assert (caught.value.phase, client.pool.stats.in_use) == ("gate", 0)
+
+
+async def test_a_followed_redirect_waits_at_the_gate_too(router: respx.MockRouter) -> None:
+    client = make(follow_redirects=True)
+
+    def redirect(request: httpx.Request) -> httpx.Response:
+        gate_of(client).shut(0.006)
+        return httpx.Response(302, headers={"Location": "/api/y"})
+
+    def arrive(request: httpx.Request) -> httpx.Response:
+        assert not gate_of(client).is_shut
+        return httpx.Response(200)
+
+    router.get("/api/x").mock(side_effect=redirect)
+    router.get("/api/y").mock(side_effect=arrive)
+    async with client:
+        assert (await client.get("/api/x")).status_code == 200
+
+
+async def test_a_given_pace_is_kept_and_shown(router: respx.MockRouter) -> None:
+    router.get("/api/x").respond(200)
+    async with make(pacing=Pacing(rate=1000)) as client:
+        assert client.pace == 1000
+        await client.fetch_all(["/api/x"] * 20)
+        pace = gate_of(client)._pace
+        assert pace is not None
+        assert pace._turns == 20
+
+
+async def test_each_attempt_is_counted_once_whoever_has_the_connections() -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200))
+    async with make(transport=transport, pacing=Pacing(rate=1000)) as client:
+        await client.fetch_all(["/api/x"] * 20)
+        pace = gate_of(client)._pace
+        assert pace is not None
+        assert pace._turns == 20
+
+
+async def test_other_tokens_have_a_pace_of_their_own(router: respx.MockRouter) -> None:
+    router.get("/api/x").respond(429, headers={"Retry-After": "50"})
+    async with make(retry=None) as client:
+        other = client.with_options(tokens=TokenPair("other-token-1", "other-token-2"))
+        same = client.with_options(deadline=5)
+        with pytest.raises(RateLimitError):
+            await client.get("/api/x")
+        assert gate_of(client).is_shut
+        assert gate_of(same) is gate_of(client)
+        assert not gate_of(other).is_shut
+
+
+async def test_what_an_answer_says_of_the_quota_is_heeded(router: respx.MockRouter) -> None:
+    router.get("/api/x").respond(200, headers={"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "50"})
+    async with make() as client:
+        await client.get("/api/x")
+        with pytest.raises(DeadlineExceededError) as caught:
+            await client.get("/api/x", deadline=5)
+    assert caught.value.phase == "gate"
+    assert len(router.calls) == 1
+
+
+async def test_a_single_call_at_a_gate_shut_for_longer_than_retry_after_max_fails_and_a_bulks_item_waits(
+    router: respx.MockRouter,
+) -> None:
+    router.get("/api/x").respond(429, headers={"Retry-After": "600"})
+    async with make(deadline=None) as client:
+        with pytest.raises(RateLimitError):
+            await client.get("/api/x")
+        with pytest.raises(DeadlineExceededError, match=r"600\.0 s, and a call waits for 60 s at most"):
+            await client.get("/api/x")
+        with anyio.move_on_after(0.005) as scope:
+            async with client.bulk(["/api/x"]) as outcomes:
+                async for _ in outcomes:
+                    raise AssertionError
+        assert scope.cancelled_caught
+    assert len(router.calls) == 1
+
+
+async def test_a_bulks_item_outlives_a_retry_after_of_more_than_an_hour(
+    router: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layer_async._pacing.PATIENCE", 0.004)
+    answers = [httpx.Response(429, headers={"Retry-After": "86400"}), httpx.Response(200)]
+    router.get("/api/x").mock(side_effect=answers)
+    async with make(deadline=0.003) as client, client.bulk(["/api/x"]) as outcomes:
+        assert [outcome.ok async for outcome in outcomes] == [True]
+
+
+@pytest.mark.parametrize("patient", [True, False])
+async def test_without_pacing_each_call_waits_out_its_own_retry_after_and_nobody_elses(
+    patient: bool, router: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layer_async._retry.PATIENCE", 0.004)
+    said = {"Retry-After": "86400" if patient else "50", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "50"}
+    router.get("/api/x").mock(side_effect=[httpx.Response(429, headers=said), httpx.Response(200, headers=said)])
+    router.get("/api/y").respond(200, headers=said)
+    async with make(pacing=None, deadline=0.5) as client:
+        assert client.pace is None
+        if patient:
+            async with client.bulk(["/api/x"]) as outcomes:
+                assert [outcome.ok async for outcome in outcomes] == [True]
+        else:
+            with pytest.raises(RateLimitError):
+                await client.get("/api/x")
+        await client.get("/api/y")
+        await client.get("/api/y")
+        view = client.with_options(tokens=TokenPair("other-token-1", "other-token-2"))
+        assert view._corridor.identity.gate is None
+
+
+async def test_a_call_that_was_let_by_before_the_pace_began_asks_for_its_turn_when_it_gets_its_slot(
+    router: respx.MockRouter,
+) -> None:
+    router.get("/api/x").respond(200)
+    async with make(limits=httpx.Limits(max_connections=1)) as client:
+        slot = await client.pool.acquire()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(client.get, "/api/x")
+            await anyio.wait_all_tasks_blocked()
+            gate_of(client).slow_down(0.002)
+            await anyio.sleep(0.004)
+            slot.release()
+        pace = gate_of(client)._pace
+        assert pace is not None
+        assert pace._turns == 1

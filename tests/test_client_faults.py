@@ -26,6 +26,7 @@ from layer_async import (
     RetryPolicy,
     TokenPair,
 )
+from layer_async._pacing import Gate
 
 from .faultserver import Exchange, FaultServer
 
@@ -35,6 +36,12 @@ PAIR = TokenPair("faults-token-one", "faults-token-two")
 QUICK = RetryPolicy(backoff_initial=1e-9)
 TEXT = b"[" + b"1," * 6000 + b"1]"
 GZIP = "Content-Encoding: gzip\r\n"
+
+
+def gate_of(client: AsyncLayerClient) -> Gate:
+    gate = client._corridor.identity.gate
+    assert gate is not None
+    return gate
 
 
 def make(server: FaultServer, **options: Any) -> AsyncLayerClient:
@@ -183,7 +190,7 @@ async def test_closing_the_client_ends_the_calls_that_sleep_wait_or_refresh(wher
 async def test_a_patient_item_at_a_shut_gate_is_not_burnt_when_its_bulk_is_ended(anyio_backend: str) -> None:
     with FaultServer() as server:
         async with make(server) as client:
-            client._corridor.identity.gate.shut(30)
+            gate_of(client).shut(30)
             outcomes_seen = 0
             with anyio.move_on_after(0.01):
                 async with client.bulk(f"/ok/{n}" for n in range(10**6)) as outcomes:

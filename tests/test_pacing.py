@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import attrs
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layer_async import AsyncLayerClient, ConfigurationError
 from layer_async._errors import APITimeoutError, DeadlineExceededError
-from layer_async._pacing import NEWS, Closure, Gate
-from layer_async._telemetry import Event, GateShut
+from layer_async._pace import NEWS, Closure
+from layer_async._pacing import PATIENCE, Gate, Pacing
+from layer_async._telemetry import Event, GateShut, PaceChanged
 
 REPEATABLE = settings(derandomize=True, deadline=None, database=None)
 
@@ -406,3 +410,208 @@ def test_those_who_died_waiting_with_their_loop_stand_in_nobodys_way() -> None:
     task.cancel()
     dead.run_until_complete(asyncio.gather(task, return_exceptions=True))
     dead.close()
+
+
+# What may be said
+
+
+@pytest.mark.parametrize("rate", [0, -1, math.inf, math.nan, True, "50"])
+def test_a_rate_that_is_no_number_above_none_is_refused(rate: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"Pacing\(rate=\) takes attempts a second"):
+        Pacing(rate=rate)
+
+
+def test_a_client_takes_a_pacing_or_none() -> None:
+    with pytest.raises(ConfigurationError, match="pacing must be a Pacing or None, not int"):
+        AsyncLayerClient(token1="a" * 8, token2="b" * 8, pacing=50)  # type: ignore[arg-type]
+
+
+# The pace at the gate
+
+
+def learned(clock: Clock, **options: Any) -> Gate:
+    """A gate that has learned a pace of about 85 a second."""
+    gate = Gate(Pacing(), clock=clock, random=lambda: 1.0, **options)
+    gate.slow_down(1.0)
+    clock.now += 1
+    for _ in range(101):
+        turn = gate._pass()
+        clock.now += 0.01
+    gate.slow_down(0.001, turn=turn)
+    clock.now += 0.001
+    assert gate.rate == pytest.approx(85, rel=0.05)
+    return gate
+
+
+def test_until_the_first_429_a_gate_is_off() -> None:
+    gate = Gate(Pacing(), clock=Clock())
+    assert gate.is_off
+    assert gate.rate is None
+    gate.slow_down(1.0)
+    assert not gate.is_off
+    assert gate.is_shut
+    assert not Gate(Pacing(rate=5), clock=Clock()).is_off
+
+
+def test_a_gate_that_learns_nothing_is_off_again_when_it_has_opened() -> None:
+    clock = Clock()
+    gate = Gate(clock=clock)
+    gate.slow_down(1.0)
+    assert not gate.is_off
+    clock.now += 1
+    assert gate._pass() == 0
+    assert gate.is_off
+
+
+def test_no_answer_shuts_the_gate_for_more_than_an_hour() -> None:
+    gate = Gate(Pacing(), clock=Clock())
+    gate.slow_down(86_400.0)
+    assert gate.opens_in == PATIENCE == 3600
+
+
+def test_a_429_that_names_no_time_shuts_the_gate_for_a_moment_once_for_all_that_were_under_way() -> None:
+    gate = Gate(Pacing(), clock=Clock(), random=lambda: 1.0)
+    for _ in range(50):
+        gate.slow_down(8.0, is_asked=False)
+    assert gate.opens_in == 0.25
+
+
+def test_what_the_server_asks_for_counts_also_from_those_that_were_under_way() -> None:
+    gate = Gate(Pacing(), clock=Clock())
+    gate.slow_down(1.0)
+    gate.slow_down(3.0)
+    assert gate.opens_in == 3.0
+
+
+def test_the_observer_hears_of_each_notable_change_of_the_pace_and_of_no_other() -> None:
+    clock, events = Clock(), list[Event]()
+    gate = learned(clock, observer=events.append)
+    rates = [event.rate for event in events if isinstance(event, PaceChanged)]
+    assert rates == [pytest.approx(85, rel=0.05)]
+    for _ in range(400):
+        clock.now += gate._ready_in()
+        gate._pass()
+    rates = [event.rate for event in events if isinstance(event, PaceChanged)]
+    assert len(rates) >= 2
+    assert all(1.2 < after / before < 1.5 for before, after in itertools.pairwise(rates))
+    assert f"open, {gate.rate:.3g} attempts/s, 0 waiting" in repr(gate)
+
+
+def test_an_answer_that_says_that_nothing_is_left_shuts_the_gate() -> None:
+    events: list[Event] = []
+    gate = Gate(Pacing(), clock=Clock(), observer=events.append)
+    gate.hear(httpx.Headers({"Content-Type": "text/plain"}))
+    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "9", "X-RateLimit-Reset": "5"}))
+    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "what"}))
+    assert (gate.is_off, events) == (True, [])
+    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "5"}))
+    assert (gate.is_off, gate.opens_in, events) == (False, 5.0, [GateShut(5.0)])
+
+
+def test_a_gate_that_learns_nothing_heeds_no_answer() -> None:
+    gate = Gate(clock=Clock())
+    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "5"}))
+    assert gate.is_off
+
+
+def test_an_answer_that_says_that_little_is_left_sets_a_pace_until_there_is_more() -> None:
+    clock = Clock()
+    gate = Gate(Pacing(), clock=clock)
+    headers = httpx.Headers({"RateLimit": '"a";r=10;t=5', "RateLimit-Policy": '"a";q=100;w=60'})
+    gate.hear(headers)
+    assert not gate.is_off
+    gate._pass()
+    assert gate._ready_in() == pytest.approx(0.48)
+    clock.now += 5
+    gate._pass()
+    assert gate.is_off
+
+
+@pytest.mark.anyio
+async def test_single_calls_leave_before_those_of_a_bulk_whenever_they_came() -> None:
+    clock, order = Clock(), list[str]()
+    gate = Gate(Pacing(rate=1e6), clock=clock)
+
+    async def wait(name: str) -> None:
+        await gate.wait(patient=name.startswith("bulk"))
+        order.append(name)
+
+    gate.shut(0.005)
+    async with anyio.create_task_group() as tasks:
+        for name in ("bulk 1", "single 1", "bulk 2", "single 2"):
+            tasks.start_soon(wait, name)
+            await settle()
+        clock.now += 1
+    assert order == ["single 1", "single 2", "bulk 1", "bulk 2"]
+    assert "0 waiting" in repr(gate)
+
+
+@pytest.mark.anyio
+async def test_a_single_call_passes_those_of_a_bulk_that_wait_for_the_pace() -> None:
+    clock, order = Clock(), list[str]()
+    gate = Gate(Pacing(rate=1), clock=clock)
+
+    async def wait(name: str) -> None:
+        await gate.wait(patient=name.startswith("bulk"))
+        order.append(name)
+
+    await wait("first")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait, "bulk 1")
+        tasks.start_soon(wait, "bulk 2")
+        await settle()
+        clock.now += 0.99
+        await wait("single")
+        assert order == ["first", "single"]
+        tasks.cancel_scope.cancel()
+    assert "0 waiting" in repr(gate)
+
+
+@pytest.mark.anyio
+async def test_when_the_gate_opens_no_herd_is_let_out() -> None:
+    clock = Clock()
+    gate = Gate(Pacing(rate=1000), clock=clock)
+    waiters = Waiters(gate)
+    gate.shut(0.003)
+    async with anyio.create_task_group() as tasks:
+        for number in range(100):
+            tasks.start_soon(waiters.wait, number)
+        await settle()
+        clock.now += 1
+        await anyio.sleep(0.008)
+        await settle()
+        assert 20 <= len(waiters.through) <= 21  # 20 ms ahead of time, and then one a millisecond
+        clock.now += 0.01
+        await anyio.sleep(0.008)
+        await settle()
+        assert 30 <= len(waiters.through) <= 31
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+async def test_a_turn_that_comes_after_the_deadline_even_at_twice_the_pace_is_not_waited_for() -> None:
+    gate = Gate(Pacing(rate=2), clock=Clock())
+    async with anyio.create_task_group() as tasks:
+        await gate.wait()
+        for _ in range(20):
+            tasks.start_soon(gate.wait)
+        await settle()
+        with anyio.fail_after(4.9), pytest.raises(DeadlineExceededError) as caught:
+            await gate.wait()
+        assert caught.value.phase == "gate"
+        assert "another 5.0 s" in str(caught.value)
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+async def test_a_gate_that_is_shut_for_longer_than_a_call_waits_refuses_it_and_names_the_wait() -> None:
+    clock = Clock()
+    gate = Gate(Pacing(), clock=clock)
+    gate.slow_down(600.0)
+    with pytest.raises(DeadlineExceededError, match=r"another 600\.0 s, and a call waits for 60 s at most") as caught:
+        await gate.wait(longest=60.0)
+    assert caught.value.phase == "gate"
+    with anyio.move_on_after(0.002) as scope:
+        await gate.wait(patient=True)
+    assert scope.cancelled_caught
+    assert "0 waiting" in repr(gate)

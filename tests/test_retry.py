@@ -6,6 +6,7 @@ import asyncio
 import functools
 import gc
 import io
+import math
 import socket
 import ssl
 import threading
@@ -93,10 +94,16 @@ class Sleep:
 
 @attrs.define
 class FakeGate:
-    shut_for: list[float] = attrs.field(factory=list)
+    """Writes down what it was told."""
 
-    def shut(self, seconds: float) -> None:
+    shut_for: list[float] = attrs.field(factory=list)
+    turns: list[int] = attrs.field(factory=list)
+    asked: list[bool] = attrs.field(factory=list)
+
+    def slow_down(self, seconds: float, *, turn: int, is_asked: bool) -> None:
         self.shut_for.append(seconds)
+        self.turns.append(turn)
+        self.asked.append(is_asked)
 
 
 class Bench:
@@ -370,8 +377,11 @@ async def test_a_429_shuts_the_gate_and_the_call_itself_does_not_sleep() -> None
 
 async def test_a_429_that_names_no_time_shuts_the_gate_for_our_own() -> None:
     gate = FakeGate()
-    await Bench(gate=gate).send(get(), Script(429, 429, 200))
-    assert gate.shut_for == [0.5, 1.0]
+    request = get()
+    ExchangeRecord.of(request).turn = 7
+    await Bench(gate=gate).send(request, Script(429, 429, wait(429, "3"), 200))
+    assert gate.shut_for == [0.5, 1.0, 3.0]
+    assert (gate.asked, gate.turns) == ([False, False, True], [7, 7, 7])
 
 
 async def test_without_a_gate_the_call_sleeps_for_as_long_as_the_server_says() -> None:
@@ -393,7 +403,7 @@ async def test_a_wait_longer_than_allowed_returns_the_answer_at_once(status: int
     gate = FakeGate()
     bench, script = Bench(gate=gate), Script(wait(status, "3600"), 200)
     assert (await bench.send(get(), script)).status_code == status
-    assert (script.calls, bench.slept, gate.shut_for) == (1, [], [])
+    assert (script.calls, bench.slept, gate.shut_for) == (1, [], [3600.0] if status == 429 else [])
 
 
 async def test_a_call_meets_a_429_ten_times_and_no_more() -> None:
@@ -409,12 +419,30 @@ async def test_429s_leave_the_other_attempts_as_they_are() -> None:
     assert script.calls == 9
 
 
-@pytest.mark.parametrize(("gate", "calls"), [(True, 31), (False, 10)])
-async def test_a_patient_call_waits_out_any_number_of_429s_at_a_gate(gate: bool, calls: int) -> None:
+@pytest.mark.parametrize("gate", [True, False])
+async def test_a_patient_call_waits_out_any_number_of_429s(gate: bool) -> None:
     request, script = get(), Script(*[429] * 30, 200)
     ExchangeRecord.of(request).is_patient = True
     await Bench(gate=FakeGate() if gate else None).send(request, script)
-    assert script.calls == calls
+    assert script.calls == 31
+
+
+async def test_a_patient_call_without_a_gate_sleeps_for_an_hour_at_most_and_on_nobodys_time() -> None:
+    request, bench = get(), Bench()
+    record = ExchangeRecord.of(request)
+    record.is_patient = True
+    with anyio.CancelScope(deadline=anyio.current_time() + 5) as record.scope:
+        deadline = record.scope.deadline
+
+        async def sleep(seconds: float) -> None:
+            bench.sleep.slept.append(seconds)
+            assert record.scope is not None
+            assert record.scope.deadline == math.inf
+
+        bench.middleware._sleep = sleep
+        await bench.send(request, Script(wait(429, "86400"), 200))
+        assert deadline <= record.scope.deadline < deadline + 1
+    assert bench.slept == [3600.0]
 
 
 # The deadline

@@ -463,6 +463,42 @@ async def test_a_fixed_window_opens_again_when_it_is_over() -> None:
         assert late[2].headers["retry-after"] == "3"
 
 
+async def test_a_quota_can_drop_to_a_third_and_come_back() -> None:
+    clock = Clock()
+    bucket = Sandbox(quota=Quota(rate=3, burst=3, drop=(10, 20)), clock=clock)
+    window = Sandbox(quota=Quota(rate=3, window=2, drop=(10, 20)), clock=clock)
+    clock.now += 100  # it counts from the first request
+
+    async def admitted(sandbox: Sandbox, tries: int) -> int:
+        before = sandbox.record.admitted
+        async with talk_to(sandbox) as client:
+            for _ in range(tries):
+                await client.get("/api/sites/1")
+        return sandbox.record.admitted - before
+
+    for wait, in_bucket, in_window in ((0, 3, 6), (9, 3, 6), (2, 2, 2), (1, 1, 0), (9, 3, 6)):
+        clock.now += wait
+        assert (await admitted(bucket, 9), await admitted(window, 9)) == (in_bucket, in_window)
+    assert bucket.record.admitted == bucket.record.statuses[200] == 12
+    assert bucket.record.rate_limited == 9 * 5 - 12
+    assert bucket.record.summary()["admitted"] == 12
+
+
+async def test_a_quota_need_not_say_when_to_come_again() -> None:
+    sandbox = Sandbox(quota=Quota(rate=1, retry_after=False), clock=Clock())
+    async with talk_to(sandbox) as client:
+        await client.get("/api/sites/1")
+        refused = await client.get("/api/sites/1")
+    assert refused.status_code == 429
+    assert "retry-after" not in refused.headers
+
+
+@pytest.mark.parametrize("drop", [(5, 5), (5, 4), (-1, 4), (1, float("nan"))])
+def test_a_drop_ends_after_it_began(drop: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="drop must be two numbers of seconds"):
+        Quota(rate=1, drop=drop)
+
+
 async def test_a_bucket_tells_what_is_left_of_it_and_never_holds_more_than_its_burst() -> None:
     clock = Clock()
     sandbox = Sandbox(quota=Quota(rate=10, headers=True), clock=clock)
@@ -969,7 +1005,7 @@ def test_a_process_shows_no_secret_to_those_who_look_at_it(process: SandboxProce
 
 
 def test_quota_and_faults_reach_the_process() -> None:
-    quota, faults = Quota(rate=0.001, burst=3, headers=True), Faults(unavailable=1.0, at_most=1)
+    quota, faults = Quota(rate=0.001, burst=3, headers=True, drop=(1, 2)), Faults(unavailable=1.0, at_most=1)
     with spawn(quota=quota, faults=faults, rotate_after=4) as child:
         headers = headers_of(child.tokens())
         met = [httpx.get(f"{child.url}/api/sites/1", headers=headers, trust_env=False) for _ in range(5)]
