@@ -241,8 +241,8 @@ class RetryMiddleware:
             raise ConfigurationError(f"policy must be a RetryPolicy, not {type(policy).__name__}.")
         if budget is not None and not isinstance(budget, RetryBudget):
             raise ConfigurationError(f"budget must be a RetryBudget, not {type(budget).__name__}.")
-        if gate is not None and not callable(getattr(gate, "shut", None)):
-            raise ConfigurationError(f"gate must have a method `shut(seconds)`, and {type(gate).__name__} has none.")
+        if gate is not None and not callable(getattr(gate, "slow_down", None)):
+            raise ConfigurationError(f"gate must have a method `slow_down`, and {type(gate).__name__} has none.")
         if observer is not None and not callable(observer):
             raise ConfigurationError(f"observer must be callable, and {type(observer).__name__} is not.")
         self.policy: RetryPolicy = policy

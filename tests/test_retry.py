@@ -1056,8 +1056,8 @@ async def test_a_policy_or_a_budget_of_another_kind_is_refused() -> None:
     [
         ({"policy": 3}, "policy must be a RetryPolicy, not int"),
         ({"budget": 3}, "budget must be a RetryBudget, not int"),
-        ({"gate": 3}, "gate must have a method `shut"),
-        ({"gate": type("Odd", (), {"shut": 1})()}, "gate must have a method `shut"),
+        ({"gate": 3}, "gate must have a method `slow_down"),
+        ({"gate": type("Odd", (), {"slow_down": 1})()}, "gate must have a method `slow_down"),
         ({"observer": 3}, "observer must be callable, and int is not"),
     ],
 )
