@@ -9,7 +9,7 @@ The door: the public names, and nothing else.
 from typing import TYPE_CHECKING, Any
 
 from ._auth import DualTokenAuth
-from ._bulk import Bulk, Outcome
+from ._bulk import Bulk, BulkOptions
 from ._client import AsyncLayerClient
 from ._errors import (
     APIConnectionError,
@@ -34,7 +34,9 @@ from ._errors import (
     UnprocessableEntityError,
 )
 from ._options import BodyOptions, CallOptions, ViewOptions
+from ._outcomes import Outcome, Outcomes, SettledKeys
 from ._pool import ConnectionPool, PoolStats
+from ._progress import Progress
 from ._retry import CallNext, Middleware, RetryBudget, RetryMiddleware, RetryPolicy
 from ._telemetry import (
     AttemptFinished,
@@ -65,6 +67,7 @@ __all__ = [
     "BadRequestError",
     "BodyOptions",
     "Bulk",
+    "BulkOptions",
     "CallFinished",
     "CallNext",
     "CallOptions",
@@ -86,8 +89,10 @@ __all__ = [
     "Observer",
     "OpenTelemetryObserver",
     "Outcome",
+    "Outcomes",
     "PermissionDeniedError",
     "PoolStats",
+    "Progress",
     "RateLimitError",
     "RequestInfo",
     "ResponseDecodeError",
@@ -96,6 +101,7 @@ __all__ = [
     "RetryPolicy",
     "RetryScheduled",
     "ServerError",
+    "SettledKeys",
     "TokenPair",
     "TokenSource",
     "TokensRefreshed",

@@ -20,8 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layer_async._bulk import Bulk, ItemRecord, Outcome, Outcomes, current_item, run_all
-from layer_async._errors import ClientClosedError, ConfigurationError, NotFoundError
+from layer_async._bulk import Bulk, ItemRecord, current_item, run_all
+from layer_async._errors import ClientClosedError, ConfigurationError, LayerError, NotFoundError
+from layer_async._outcomes import Outcome, Outcomes
 
 pytestmark = pytest.mark.anyio
 
@@ -588,21 +589,47 @@ async def test_a_base_exception_of_a_call_ends_the_block_at_once_and_comes_out_a
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_cancellation_that_a_call_catches_from_elsewhere_passes_and_nothing_hangs() -> None:
-    """A call that awaits another task gets that task's CancelledError, without being cancelled itself."""
-
-    async def call(number: int) -> None:
-        other = asyncio.get_running_loop().create_future()
-        other.cancel()
-        await other
+async def test_a_future_that_somebody_else_cancels_is_the_items_trouble_alone() -> None:
+    async def call(number: int) -> int:
+        if number == 2:
+            other = asyncio.get_running_loop().create_future()
+            other.cancel()
+            await other
+        return await double(number)
 
     before = living()
-    with pytest.raises(asyncio.CancelledError):
-        await drain(Bulk(itertools.count(), call, workers=3))
+    async with Bulk(range(5), call, workers=3, ordered=True) as outcomes:
+        errors = [outcome.error async for outcome in outcomes]
     assert living() == before
+    error = errors.pop(2)
+    assert errors == [None] * 4
+    assert isinstance(error, LayerError)
+    assert "somebody else cancelled" in str(error)
+    assert isinstance(error.__cause__, asyncio.CancelledError)
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_a_cancellation_that_is_nobodys_is_the_items_trouble_alone_on_trio_too() -> None:
+    stray: list[BaseException] = []
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await checkpoint()
+        except BaseException as exc:
+            stray.append(exc)
+            raise
+
+    async def call(number: int) -> int:
+        if number == 1:
+            raise stray[0]
+        return await double(number)
+
+    async with Bulk(range(3), call, workers=2, ordered=True) as outcomes:
+        errors = [outcome.error async for outcome in outcomes]
+    assert [type(error) for error in errors] == [type(None), LayerError, type(None)]
 
 
 # Leaving
@@ -974,26 +1001,56 @@ async def test_an_outcome_is_not_lost_when_waiting_for_it_is_given_up() -> None:
         assert [outcome.item async for outcome in outcomes] == [0, 1, 2, 3]
 
 
-# Settled
+# Settled, and the journal
+
+
+class Keys:
+    """A journal in memory."""
+
+    inputs_changed: str | None = None
+
+    def __init__(self, *settled: str) -> None:
+        self.known = dict.fromkeys(settled, True)
+        self.settled: dict[str, bool] = {}
+        self.seen: list[str] = []
+        self.state: list[str] = []
+
+    def open(self) -> None:
+        self.state.append("open")
+
+    def close(self) -> None:
+        self.state.append("closed")
+
+    def pulled(self, key: str) -> None:
+        self.seen.append(key)
+
+    def ended(self) -> None:
+        self.state.append("ended")
+
+    def is_settled(self, key: str) -> bool:
+        return key in self.known
+
+    def settle(self, key: str, *, ok: bool) -> None:
+        assert self.state[0] == "open"
+        assert self.state[-1] != "closed"
+        self.settled[key] = ok
 
 
 async def test_an_outcome_is_settled_when_the_loop_body_that_received_it_has_ended() -> None:
-    settled: list[int] = []
-    bulk = Bulk(range(5), double, workers=2, ordered=True)
-    bulk._on_settled = lambda outcome: settled.append(outcome.item)
-    async with bulk as outcomes:
+    journal = Keys()
+    async with Bulk(range(5), double, workers=2, ordered=True, journal=journal) as outcomes:
         async for outcome in outcomes:
-            assert settled == list(range(outcome.item))
-    assert settled == [0, 1, 2, 3, 4]
+            assert list(journal.settled) == [str(number) for number in range(outcome.item)]
+    assert journal.settled == dict.fromkeys("01234", True)
+    assert journal.state == ["open", "ended", "closed"]
+    assert journal.seen == list("01234")
 
 
 @pytest.mark.parametrize("leave", ["break", "raise"])
 async def test_the_last_outcome_is_settled_by_a_break_and_not_by_an_exception(leave: str) -> None:
-    settled: list[int] = []
-    bulk = Bulk(range(5), double, workers=2, ordered=True)
-    bulk._on_settled = lambda outcome: settled.append(outcome.item)
+    journal = Keys()
     try:
-        async with bulk as outcomes:
+        async with Bulk(range(5), double, workers=2, ordered=True, journal=journal) as outcomes:
             async for outcome in outcomes:
                 if outcome.item == 2:
                     if leave == "break":
@@ -1001,7 +1058,20 @@ async def test_the_last_outcome_is_settled_by_a_break_and_not_by_an_exception(le
                     raise ValueError
     except ValueError:
         pass
-    assert settled == ([0, 1, 2] if leave == "break" else [0, 1])
+    assert list(journal.settled) == (["0", "1", "2"] if leave == "break" else ["0", "1"])
+    assert journal.state[-1] == "closed"
+
+
+async def test_a_body_that_is_cancelled_does_not_settle_its_outcome_and_the_journal_is_closed() -> None:
+    journal = Keys()
+    with anyio.CancelScope() as scope:
+        async with Bulk(range(5), double, workers=2, ordered=True, journal=journal) as outcomes:
+            async for outcome in outcomes:
+                if outcome.item == 2:
+                    scope.cancel()
+                    await checkpoint()
+    assert list(journal.settled) == ["0", "1"]
+    assert journal.state[-1] == "closed"
 
 
 # All or nothing
