@@ -69,6 +69,7 @@ OUTAGE_TIMEOUT = 600.0
 logger = logging.getLogger("layer_async")
 
 GRACE = 0.5  # seconds for what is under way when the tokens are refused: nothing else will come of it
+SPARE = 8  # so many items at least may be put aside, so that others show whether the server is away
 SKIPPED_AT_ONCE = 64  # so many items of a journal may be passed over before others have their turn
 
 
@@ -247,7 +248,10 @@ class Bulk(Generic[K, V, T]):
         if self._outage_timeout is not None:
             self._outage = outage = Outage(self._outage_timeout, on_end=self._stop)
             self._is_in_outage = lambda: outage.began is not None
-        self._aside: deque[_Case[K, V, T]] = deque()  # held, while its worker tries another item as a probe
+        self._aside: deque[_Case[K, V, T]] = deque()  # held, while their workers try others
+        self._spare = max(SPARE, self._workers)
+        self._active = 0  # calls under way
+        self._held = 0  # items with a setback
         self._refusals = 0
         self._turn = anyio.Lock(fast_acquire=True)
         # A scope for each worker: the group's own holds this task too, and would have to be told from a cancellation
@@ -310,12 +314,11 @@ class Bulk(Generic[K, V, T]):
     def _progress(self) -> Progress:
         if self._last_progress is not None:
             return self._last_progress
-        return self._meter.progress(anyio.current_time(), 0 if self._outage is None else self._outage.held)
+        return self._meter.progress(anyio.current_time(), self._held)
 
     def _stop(self, why: str) -> None:
         """Pull nothing more, and hold nothing; the loop ends when what is under way has its outcome."""
-        leaves_some = not self._hand_over.ended or (self._outage is not None and self._outage.held > 0)
-        if leaves_some and self._hand_over.stopped is None:
+        if (self._held or not self._hand_over.ended) and self._hand_over.stopped is None:
             self._hand_over.stopped = why
         self._end()
 
@@ -323,6 +326,13 @@ class Bulk(Generic[K, V, T]):
         self._hand_over.end(error, at_once=at_once)
         if self._outage is not None:
             self._outage.give_up()
+        while self._aside:
+            self._give_up(self._aside.popleft())
+
+    def _give_up(self, place: _Case[K, V, T]) -> None:
+        """An item that was held has its last error for an outcome, and is for the next run to try again."""
+        place.settles = False
+        self._finish(place, place.failure)
 
     # The workers
 
@@ -335,30 +345,33 @@ class Bulk(Generic[K, V, T]):
     async def _work(self, scope: anyio.CancelScope) -> None:
         with scope:
             try:
-                while (place := await self._next()) is not None:
-                    await self._carry(place)
+                wants_another = False
+                while (place := await self._next(wants_another=wants_another)) is not None:
+                    wants_another = await self._carry(place)
             except BaseException as error:
                 # It passes; but the loop, which may be shielded from it, must not wait for this worker any more.
                 self._end(error, at_once=True)
                 raise
 
-    async def _next(self) -> _Case[K, V, T] | None:
-        """Wait for this worker's turn and for room, then pull; None when there is nothing more to do."""
+    async def _next(self, *, wants_another: bool) -> _Case[K, V, T] | None:
+        """Wait for this worker's turn and for room, then pull; None when there is nothing more to do.
+
+        Items that were put aside come first, unless it `wants_another`.
+        """
         if self._turn.locked():
+            if self._aside and not wants_another:  # the pull may take for ever
+                return self._aside.popleft()
             await self._turn.acquire()
         else:
             self._turn.acquire_nowait()
         try:
             if self._outage is not None and self._outage.is_on:
                 await self._outage.wait_for_the_end()
-            if self._aside and not (
-                self._outage is not None
-                and self._outage.is_on
-                and self._hand_over.has_room
-                and not self._hand_over.ended
-            ):
+                wants_another = self._outage.is_on
+            if self._aside and not (wants_another and len(self._aside) <= self._spare and not self._hand_over.ended):
                 return self._aside.popleft()
-            await self._hand_over.wait_for_room()
+            if not self._aside:
+                await self._hand_over.wait_for_room()
             if not self._hand_over.ended and (place := await self._pull_next()) is not None:
                 return place
             return self._aside.popleft() if self._aside else None
@@ -405,27 +418,31 @@ class Bulk(Generic[K, V, T]):
         self._hand_over.admit(place)
         return place
 
-    async def _carry(self, place: _Case[K, V, T]) -> None:
-        """Call for an item, and again after an outage, until it has its outcome or makes room for another."""
+    async def _carry(self, place: _Case[K, V, T]) -> bool:
+        """Call for an item, and again after an outage, until it has its outcome. True: it is aside, to let another try.
+
+        Where the only calls are those for items that fail, nobody can tell an outage from their own trouble.
+        """
         outage = self._outage
         while True:
             is_probe = False
             if outage is not None and (outage.is_on or place.setback is not None):
                 is_probe = await outage.wait_before(place.setback)
                 if outage.given_up and place.setback is not None:
-                    place.settles = False
-                    self._finish(place, place.failure)
-                    return
+                    self._give_up(place)
+                    return False
             try:
                 is_held = await self._try(place)
             finally:
                 if is_probe:
                     cast(Outage, outage).probed()
             if not is_held:
-                return
-            if is_probe and cast(Outage, outage).wants_witness and not self._turn.locked():
+                return False
+            if not self._turn.locked() and (
+                cast(Outage, outage).wants_witness if is_probe else not (self._active or self._aside)
+            ):
                 self._aside.append(place)
-                return
+                return True
 
     async def _try(self, place: _Case[K, V, T]) -> bool:
         """Call once; whether the item is held, and to be tried again."""
@@ -435,9 +452,11 @@ class Bulk(Generic[K, V, T]):
         record = ItemRecord(is_patient=self._is_patient, is_in_outage=self._is_in_outage)
         record.attempts = place.attempts
         token = current_item.set(record)
+        self._active += 1
         try:
             outcome = await self._serve(place.item, place.key, place.began, record)
         finally:
+            self._active -= 1
             record.is_open = False
             current_item.reset(token)
         if outcome is None:
@@ -482,6 +501,7 @@ class Bulk(Generic[K, V, T]):
         )
         if not is_outage or record.has_acted:
             return False
+        self._held += place.setback is None
         place.setback, place.attempts, place.failure = setback, record.attempts, outcome
         return True
 
@@ -493,6 +513,7 @@ class Bulk(Generic[K, V, T]):
         self._end(at_once=True)
 
     def _finish(self, place: _Case[K, V, T], outcome: Outcome[K, V, T] | None) -> None:
+        self._held -= place.setback is not None
         if outcome is not None:
             self._meter.count(place.began + outcome.elapsed, ok=outcome.error is None)
         self._hand_over.put(place, outcome)

@@ -52,6 +52,7 @@ class Outage:
         "_random",
         "_timeout",
         "_wake",
+        "_witnessed",
         "began",
         "given_up",
         "held",
@@ -73,7 +74,7 @@ class Outage:
         self._misses = 0
         self._last_answered = -math.inf  # when that was sent whose answer is the latest
         self._asked_until = -math.inf  # before this the server wants no probe
-        self._probes = 0
+        self._probes = self._witnessed = 0  # how many have failed, and had when another item was tried
         self._probe = anyio.Lock(fast_acquire=True)
         self._wake = anyio.Event()
         self.began: float | None = None
@@ -117,7 +118,7 @@ class Outage:
             self._asked_until = max(self._asked_until, now + asked)
         if self.began is None and (self._misses >= MISSES or (asked or 0.0) > LONGEST_WAIT):
             self.began = now
-            self._probes = 0
+            self._probes = self._witnessed = 0
             self.wants_witness = False
         return True
 
@@ -169,7 +170,7 @@ class Outage:
     def probed(self) -> None:
         """The call of the probe has ended, however it did."""
         self._probes += 1
-        self.wants_witness = self._probes > self.held
+        self.wants_witness = self._probes - self._witnessed > self.held
         self._wake_all()
         self._probe.release()
 
@@ -178,6 +179,7 @@ class Outage:
         while self.is_on and not self.wants_witness and (self.held or self._probe.locked()):
             await self._wake.wait()
         self.wants_witness = False
+        self._witnessed = self._probes
 
     def give_up(self) -> None:
         """Let nothing wait any more."""

@@ -6,7 +6,6 @@ which the caller reads. This room knows neither calls nor outcomes.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 
@@ -96,7 +95,7 @@ def stop_rule(given: StopRule) -> Callable[[Meter, Callable[[], Progress]], str 
         return lambda _, progress: "stop_when said so." if predicate(progress()) else None
     if isinstance(given, int) and not isinstance(given, bool) and given >= 1:
         return lambda meter, _: f"{meter.failed} items have failed." if meter.failed >= given else None
-    if isinstance(given, float) and 0.0 < given <= 1.0 and not math.isnan(given):
+    if isinstance(given, float) and 0.0 < given <= 1.0:
         return lambda meter, _: (
             f"{meter.failed} of {meter.done} items have failed."
             if meter.done >= ENOUGH and meter.failed >= given * meter.done
