@@ -1169,10 +1169,14 @@ async def test_a_last_outcome_that_cannot_be_settled_says_so_and_the_journal_is_
         raise OSError("the disk is full")
 
     journal.settle = fail  # type: ignore[method-assign]
-    with pytest.raises(OSError, match="disk is full"):
+
+    async def scenario() -> None:
         async with Bulk(range(5), double, workers=2, journal=journal) as outcomes:
             async for _ in outcomes:
                 break
+
+    with pytest.raises(OSError, match="disk is full"):
+        await scenario()
     assert journal.state[-1] == "closed"
 
 
