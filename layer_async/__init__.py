@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._auth import DualTokenAuth
-from ._bulk import Bulk, Outcome
+from ._bulk import Bulk, BulkOptions
 from ._client import AsyncLayerClient
 from ._errors import (
     APIConnectionError,
@@ -35,8 +35,10 @@ from ._errors import (
     UnprocessableEntityError,
 )
 from ._options import BodyOptions, CallOptions, ViewOptions
+from ._outcomes import Outcome, Outcomes, SettledKeys
 from ._pacing import Pacing
 from ._pool import ConnectionPool, PoolStats
+from ._progress import Progress
 from ._retry import CallNext, Middleware, RetryBudget, RetryMiddleware, RetryPolicy
 from ._telemetry import (
     AttemptFinished,
@@ -70,6 +72,7 @@ __all__ = [
     "BadRequestError",
     "BodyOptions",
     "Bulk",
+    "BulkOptions",
     "CallFinished",
     "CallNext",
     "CallOptions",
@@ -95,12 +98,14 @@ __all__ = [
     "OffsetLimit",
     "OpenTelemetryObserver",
     "Outcome",
+    "Outcomes",
     "PaceChanged",
     "Pacing",
     "PageNumber",
     "Pages",
     "PermissionDeniedError",
     "PoolStats",
+    "Progress",
     "RateLimitError",
     "RequestInfo",
     "ResponseDecodeError",
@@ -109,6 +114,7 @@ __all__ = [
     "RetryPolicy",
     "RetryScheduled",
     "ServerError",
+    "SettledKeys",
     "TokenPair",
     "TokenSource",
     "TokensRefreshed",

@@ -288,6 +288,11 @@ class DualTokenAuth(httpx.Auth):
         return self._issue.generation
 
     @property
+    def is_refused(self) -> bool:
+        """Whether the auth circuit is open: the tokens are refused, and calls fail before anything is sent."""
+        return self._circuit.error is not None
+
+    @property
     def secrets(self) -> tuple[str, ...]:
         """The values of the current and the last few pairs, longest first, to be scrubbed from text."""
         values = {value for pair in self._pairs for value in (pair.token1, pair.token2)}

@@ -4,36 +4,55 @@ This room owns the concurrency over any one-argument call; it knows no HTTP. Rul
 `workers` tasks that pull from one iterator, one pull at a time, and only while there is room in the window (items
 pulled whose outcome the loop has not received), so memory does not grow with the number of items. A failed item is an
 outcome, not the end of the run; every item that was pulled has its outcome before an error of the iterator is raised.
-When the `async with` ends, for whatever reason, no worker is left, the generator is closed, and what is raised is the
-thing itself, in no group. All state changes between two awaits, so nothing here needs a lock but the pull.
+What fails because the server is away is no outcome yet: its worker keeps the item until the `Outage` is over or given
+up. An item is settled, in the journal too, when the loop body that received its outcome has ended; one that was given
+up in an outage, or met refused tokens, has an outcome and is not settled.
+When the `async with` ends, for whatever reason, no worker is left, the generator and the journal are closed, and what
+is raised is the thing itself, in no group. All state changes between two awaits, so nothing here needs a lock but the
+pull.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
-    AsyncIterator,
     Awaitable,
     Callable,
     Generator,
     Iterable,
     Iterator,
+    Sequence,
 )
 from contextvars import ContextVar
 from functools import partial
+from os import PathLike
 from types import TracebackType
-from typing import Any, Generic, Never, Self, cast, overload
+from typing import Any, Generic, Never, TypedDict, cast, overload
 
 import anyio
-import attrs
+import anyio.lowlevel
+import anyio.to_thread
 from typing_extensions import TypeVar
 
-from ._errors import ClientClosedError, ConfigurationError
+from ._errors import (
+    APIStatusError,
+    AttemptInfo,
+    AuthenticationError,
+    ClientClosedError,
+    ConfigurationError,
+    LayerError,
+    ResponseDecodeError,
+)
+from ._outage import Outage, Setback
+from ._outcomes import HandOver, Outcome, Outcomes, Place, SettledKeys
+from ._progress import Meter, Progress, StopRule, stop_rule
 
-__all__ = ["Bulk", "Outcome", "Outcomes"]
+__all__ = ["OUTAGE_TIMEOUT", "Bulk", "BulkOptions", "ItemRecord", "current_item", "run_all"]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -46,204 +65,72 @@ Result = TypeVar("Result")
 WINDOW_AS_COMPLETED = 2
 WINDOW_IN_ORDER = 4
 
+OUTAGE_TIMEOUT = 600.0
+logger = logging.getLogger("layer_async")
 
-@attrs.define(eq=False)
+GRACE = 0.5  # seconds for what is under way when the tokens are refused: nothing else will come of it
+SPARE = 8  # so many items at least may be put aside, so that others show whether the server is away
+SKIPPED_AT_ONCE = 64  # so many items of a journal may be passed over before others have their turn
+
+
+class BulkOptions(TypedDict, total=False):
+    """What a bulk can be told beside its items, its call and their `key`; see `Bulk`."""
+
+    workers: int | None
+    ordered: bool
+    journal: str | PathLike[str] | SettledKeys | None
+    stop_when: StopRule | None
+    outage_timeout: float | None
+
+
 class ItemRecord:
     """What a call knows of the bulk that it works for, and tells it.
 
-    `is_patient`: the item is to wait out any number of 429s. `attempts`: how many attempts were made for it (None: its
-    call does not say).
+    For the call: `is_open` until the call for the item has ended; `is_patient`: the item is to wait out any number of
+    429s; `is_in_outage` says whether the bulk waits for the server to come back.
+
+    From the call: `attempts`, how many were made for the item (None: its call does not say), and `last_attempts`, what
+    the latest request met; `has_acted`: something was done for it that must not be done twice; `outage`: this exception
+    says that the server is away; `refusal`: this one that it refuses everything.
     """
 
-    is_patient: bool = True
-    attempts: int | None = None
+    __slots__ = (
+        "attempts",
+        "has_acted",
+        "is_in_outage",
+        "is_open",
+        "is_patient",
+        "last_attempts",
+        "outage",
+        "refusal",
+    )
+
+    def __init__(self, *, is_patient: bool = True, is_in_outage: Callable[[], bool] | None = None) -> None:
+        self.is_open = True
+        self.is_patient = is_patient
+        self.is_in_outage = is_in_outage
+        self.attempts: int | None = None
+        self.last_attempts: Sequence[AttemptInfo] = ()
+        self.has_acted = False
+        self.outage: Exception | None = None
+        self.refusal: Exception | None = None
 
 
 current_item: ContextVar[ItemRecord | None] = ContextVar("layer_async.current_item", default=None)
 """The record of the item that the running code works for, a new one for each item; None outside of a bulk's calls."""
 
 
-@attrs.frozen
-class Outcome(Generic[K, V, T]):
-    """What became of one item.
+class _Case(Place[K, V, T]):
+    """An item and what it has met. While it is held, it has a `setback`, and its last `failure` to show for it."""
 
-    `item` is the item as it was pulled, `key` what `key=` made of it (else the item itself). `value` is what the call
-    returned, or `error` what it raised; the other one is None. `attempts` says how many attempts the call made on the
-    wire (None where the call does not tell), `elapsed` how many seconds it took, with all its waits.
-    """
+    __slots__ = ("attempts", "began", "failure", "setback")
 
-    item: T
-    key: K
-    value: V | None
-    error: Exception | None
-    attempts: int | None
-    elapsed: float
-    # As the error was caught. Each raise writes the frames of its caller into the error: the next starts from here.
-    _traceback: TracebackType | None = attrs.field(
-        init=False, repr=False, eq=False, default=attrs.Factory(lambda self: _traceback_of(self.error), takes_self=True)
-    )
-
-    @property
-    def ok(self) -> bool:
-        """Whether the call returned, so that `value` counts."""
-        return self.error is None
-
-    def unwrap(self) -> V:
-        """The value; raises the error, as the call raised it, where there is one."""
-        if self.error is not None:
-            raise self.error.with_traceback(self._traceback)
-        return cast(V, self.value)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Tracebacks cannot be pickled or copied.
-        return Outcome, (self.item, self.key, self.value, self.error, self.attempts, self.elapsed)
-
-
-def _traceback_of(error: Exception | None) -> TracebackType | None:
-    return None if error is None else error.__traceback__
-
-
-@attrs.define(eq=False)
-class _Place(Generic[K, V, T]):
-    """An item's place in the line. Done without an outcome: its call ended the whole run."""
-
-    item: T
-    key: K
-    done: bool = False
-    outcome: Outcome[K, V, T] | None = None
-
-
-class _HandOver(Generic[K, V, T]):
-    """Where the workers hand outcomes to the loop, and stop while the loop is slow.
-
-    A deque, and two events that exist only while somebody waits: cheaper than a memory object stream, and it keeps the
-    order. The window bounds how many items have been pulled whose outcome the loop has not received.
-    """
-
-    def __init__(
-        self, *, window: int, ordered: bool, on_settled: Callable[[Outcome[K, V, T]], None] | None = None
-    ) -> None:
-        self.window = window
-        self.ordered = ordered
-        self.on_settled = on_settled
-        self.line: deque[_Place[K, V, T]] = deque()  # in order: all that is under way; else: what is done
-        self.outstanding = 0
-        self.arrival: anyio.Event | None = None  # the loop waits for it
-        self.vacancy: anyio.Event | None = None  # the worker whose turn it is to pull waits for it
-        self.ended = False  # nothing more is pulled
-        self.at_once = False  # whether `error` is raised without waiting for what is under way
-        self.error: BaseException | None = None
-        self.finished = False  # the loop has met the end
-        self.closed = False  # the block has ended
-        self.received: Outcome[K, V, T] | None = None  # by the loop, whose body is not known to have ended
-
-    async def wait_for_room(self) -> None:
-        if self.outstanding >= self.window:
-            self.vacancy = anyio.Event()
-            try:
-                await self.vacancy.wait()
-            finally:
-                self.vacancy = None
-
-    def admit(self, item: T, key: K) -> _Place[K, V, T]:
-        place: _Place[K, V, T] = _Place(item, key)
-        self.outstanding += 1
-        if self.ordered:
-            self.line.append(place)
-        return place
-
-    def put(self, place: _Place[K, V, T], outcome: Outcome[K, V, T] | None) -> None:
-        place.outcome = outcome
-        place.done = True
-        if not self.ordered:
-            self.line.append(place)
-        if self.line[0].done:
-            self.wake()
-
-    def end(self, error: BaseException | None = None, *, at_once: bool = False) -> None:
-        """Pull nothing more; the first `error` is raised once all outcomes have been received, or `at_once`."""
-        self.ended = True
-        self.at_once = self.at_once or at_once
-        if self.error is None:
-            self.error = error
-        self.wake()
-
-    def wake(self) -> None:
-        if self.arrival is not None:
-            self.arrival.set()
-
-    async def receive(self) -> Outcome[K, V, T] | None:
-        """The next outcome; None at the end, where `error` may say why."""
-        while (outcome := self.take()) is None:
-            if self.ended and (self.outstanding == 0 or (self.at_once and self.error is not None)):
-                break
-            self.arrival = anyio.Event()
-            try:
-                await self.arrival.wait()
-            finally:
-                self.arrival = None
-        self.received = outcome
-        return outcome
-
-    def take(self) -> Outcome[K, V, T] | None:
-        while self.line and self.line[0].done:
-            outcome = self.line.popleft().outcome
-            self.outstanding -= 1
-            if self.vacancy is not None:
-                self.vacancy.set()
-            if outcome is not None:
-                return outcome
-        return None
-
-    def settle(self) -> None:
-        """An outcome is settled when the loop body that received it has ended."""
-        outcome, self.received = self.received, None
-        if outcome is not None and self.on_settled is not None:
-            self.on_settled(outcome)
-
-    def close(self) -> None:
-        self.closed = True
-        self.error = None
-        self.line.clear()
-
-
-class Outcomes(AsyncIterator[Outcome[K, V, T]]):
-    """The outcomes of a bulk, as they complete or in the order of the items: for `async for` inside the `async with`.
-
-    Leaving the loop early is fine, and so is going on later with another one.
-    """
-
-    def __init__(self, hand_over: _HandOver[K, V, T]) -> None:
-        self._hand_over = hand_over
-
-    def __aiter__(self) -> Self:
-        """These outcomes; raises `ConfigurationError` when all have been received already."""
-        if self._hand_over.finished:
-            raise ConfigurationError("the outcomes of a bulk come once, and all of them have been received already.")
-        return self
-
-    async def __anext__(self) -> Outcome[K, V, T]:
-        """The next outcome, or the end.
-
-        At the end, raises what the items' iterator or `key` raised, or `ClientClosedError` when the client was closed
-        during the run. Raises `ConfigurationError` outside of the `async with`, and for two tasks at once.
-        """
-        if self._hand_over.closed:
-            raise ConfigurationError("the `async with` of this bulk has ended, and with it its outcomes.")
-        if self._hand_over.arrival is not None:
-            raise ConfigurationError("another task is waiting for the outcomes of this bulk: one loop receives them.")
-        self._hand_over.settle()
-        outcome = await self._hand_over.receive()
-        if outcome is not None:
-            return outcome
-        self._hand_over.finished = True
-        error, self._hand_over.error = self._hand_over.error, None
-        if error is None:
-            raise StopAsyncIteration
-        try:
-            raise error
-        finally:
-            del error  # else the error and this frame hold each other
+    def __init__(self, item: T, key: K, name: str | None) -> None:
+        super().__init__(item, key, name)
+        self.began = 0.0
+        self.attempts: int | None = None
+        self.setback: Setback | None = None
+        self.failure: Outcome[K, V, T] | None = None
 
 
 class Bulk(Generic[K, V, T]):
@@ -254,12 +141,24 @@ class Bulk(Generic[K, V, T]):
             time, whenever one of them is free. An async generator is advanced by several tasks in turn, so it must not
             hold a cancel scope, timeout or task group open across a `yield`; a generator is closed at the end.
         call: An async function of one argument. An `Exception` that it raises is the item's outcome; only
-            `ClientClosedError` ends the run.
+            `ClientClosedError`, and tokens that are refused for good, end the run.
         key: Makes the `key` of an outcome from its item; called once an item, in their order. An exception of it ends
             the run, as an exception of `items` does: the loop raises it once it has received all other outcomes.
         workers: How many calls may be under way at once. At most twice as many items (four times with `ordered`) have
             been pulled and not been received by the loop.
         ordered: Whether outcomes come in the order of the items instead of as they complete.
+        journal: Knows which keys are settled, so that a run can be resumed: a `Journal`, or the path of one. Items
+            whose key is settled are passed over; an item is settled once the loop body that received its outcome has
+            ended. Keys are then text or whole numbers.
+        stop_when: Ends the run early: a number of failures, a failure rate (a float up to 1.0, once 20 items are done),
+            or a function of the `Progress`. Nothing more is pulled then, what is under way has its outcomes, and the
+            loop ends, with `outcomes.stopped` saying why.
+        outage_timeout: For how many seconds an outage is waited out. While the server is away (refused, unreachable,
+            silent, or 502, 503, 504), the items that met it are held, one at a time is tried as a probe, and all go on
+            at the first answer: `call` is called again for them. Those for which something was done already that must
+            not be done twice are not held. After that time the held ones have their last error as their outcome,
+            nothing more is pulled, and the loop ends, with `outcomes.stopped` saying why; they are not settled, so
+            that a resumed run tries them again. None: nothing is held.
 
     Leaving the block (by `break`, an exception, a cancellation) cancels the calls under way and waits until they are
     gone. A bulk serves one `async with`. Raises `ConfigurationError` when an argument or its use is wrong.
@@ -274,6 +173,9 @@ class Bulk(Generic[K, V, T]):
         key: None = None,
         workers: int,
         ordered: bool = False,
+        journal: str | PathLike[str] | SettledKeys | None = None,
+        stop_when: StopRule | None = None,
+        outage_timeout: float | None = OUTAGE_TIMEOUT,
     ) -> None: ...
 
     @overload
@@ -285,6 +187,9 @@ class Bulk(Generic[K, V, T]):
         key: Callable[[T], K],
         workers: int,
         ordered: bool = False,
+        journal: str | PathLike[str] | SettledKeys | None = None,
+        stop_when: StopRule | None = None,
+        outage_timeout: float | None = OUTAGE_TIMEOUT,
     ) -> None: ...
 
     def __init__(
@@ -295,6 +200,9 @@ class Bulk(Generic[K, V, T]):
         key: Callable[[Any], Any] | None = None,
         workers: int,
         ordered: bool = False,
+        journal: str | PathLike[str] | SettledKeys | None = None,
+        stop_when: StopRule | None = None,
+        outage_timeout: float | None = OUTAGE_TIMEOUT,
     ) -> None:
         _check(items, call, key, workers)
         self._items: Iterable[T] | AsyncIterable[T] | None = items
@@ -302,8 +210,10 @@ class Bulk(Generic[K, V, T]):
         self._key: Callable[[T], K] | None = key
         self._workers = workers
         self._ordered = ordered
+        self._journal = _journal_of(journal)
+        self._stops = None if stop_when is None else stop_rule(stop_when)
+        self._outage_timeout = _checked_timeout(outage_timeout)
         self._is_patient = True
-        self._on_settled: Callable[[Outcome[K, V, T]], None] | None = None
 
     def __aiter__(self) -> Never:
         """Refuses: outcomes come from `async with`, which is what ends the workers."""
@@ -316,6 +226,8 @@ class Bulk(Generic[K, V, T]):
         items, self._items = self._items, None
         if items is None:
             raise ConfigurationError("a bulk serves one `async with`: its items have been pulled. Make another.")
+        self._meter = Meter(anyio.current_time(), _length(items))
+        self._last_progress: Progress | None = None
         self._iterator: object
         self._pull: Callable[[], Awaitable[T]]
         if isinstance(items, AsyncIterable):
@@ -324,11 +236,23 @@ class Bulk(Generic[K, V, T]):
         else:
             self._iterator = synchronous = iter(items)
             self._pull = partial(_advance, synchronous)
-        self._hand_over = _HandOver[K, V, T](
+        if self._journal is not None:
+            await _open_journal(self._journal)
+        self._hand_over = HandOver[K, V, T](
             window=self._workers * (WINDOW_IN_ORDER if self._ordered else WINDOW_AS_COMPLETED),
             ordered=self._ordered,
-            on_settled=self._on_settled,
+            journal=self._journal,
         )
+        self._outage: Outage | None = None
+        self._is_in_outage: Callable[[], bool] | None = None
+        if self._outage_timeout is not None:
+            self._outage = outage = Outage(self._outage_timeout, on_end=self._stop)
+            self._is_in_outage = lambda: outage.began is not None
+        self._aside: deque[_Case[K, V, T]] = deque()  # held, while their workers try others
+        self._spare = max(SPARE, self._workers)
+        self._active = 0  # calls under way
+        self._held = 0  # items with a setback
+        self._refusals = 0
         self._turn = anyio.Lock(fast_acquire=True)
         # A scope for each worker: the group's own holds this task too, and would have to be told from a cancellation
         # that comes from outside.
@@ -336,7 +260,7 @@ class Bulk(Generic[K, V, T]):
         self._unstarted = self._workers
         self._group = await anyio.create_task_group().__aenter__()
         self._start_worker()
-        return Outcomes(self._hand_over)
+        return Outcomes(self._hand_over, progress=self._progress, stop=self._stop)
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -354,15 +278,17 @@ class Bulk(Generic[K, V, T]):
         except BaseExceptionGroup as failures:  # a call raised KeyboardInterrupt or the like
             failure = failures.exceptions[0]
         finally:
+            self._last_progress = self._progress()
             self._hand_over.close()
-            await self._close_iterator()
+            try:
+                await self._close_iterator()
+            finally:
+                await self._close_journal(is_settled=exc is None and failure is None)
         try:
             if failure is not None:
                 raise failure
         finally:
             del failure
-        if exc is None:
-            self._hand_over.settle()
 
     async def _close_iterator(self) -> None:
         """Close a generator, which nobody can go on with once it has stopped anywhere; never the caller's files."""
@@ -370,6 +296,45 @@ class Bulk(Generic[K, V, T]):
             await self._iterator.aclose()
         elif isinstance(self._iterator, Generator):
             self._iterator.close()
+
+    async def _close_journal(self, *, is_settled: bool) -> None:
+        if self._journal is None:
+            return
+        try:
+            if is_settled:
+                self._hand_over.settle()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._journal.close)
+            if self._journal.inputs_changed is not None:
+                logger.warning(self._journal.inputs_changed)
+
+    # Progress, and stopping before the end
+
+    def _progress(self) -> Progress:
+        if self._last_progress is not None:
+            return self._last_progress
+        return self._meter.progress(anyio.current_time(), self._held)
+
+    def _stop(self, why: str) -> None:
+        """Pull nothing more, and hold nothing; the loop ends when what is under way has its outcome."""
+        if (self._held or not self._hand_over.ended) and self._hand_over.stopped is None:
+            self._hand_over.stopped = why
+        self._end()
+
+    def _end(self, error: BaseException | None = None, *, at_once: bool = False) -> None:
+        self._hand_over.end(error, at_once=at_once)
+        if self._outage is not None:
+            self._outage.give_up()
+        while self._aside:
+            self._give_up(self._aside.popleft())
+
+    def _give_up(self, place: _Case[K, V, T]) -> None:
+        """An item that was held has its last error for an outcome, and is for the next run to try again."""
+        place.settles = False
+        self._finish(place, place.failure)
+
+    # The workers
 
     def _start_worker(self) -> None:
         self._unstarted -= 1
@@ -380,62 +345,221 @@ class Bulk(Generic[K, V, T]):
     async def _work(self, scope: anyio.CancelScope) -> None:
         with scope:
             try:
-                while (place := await self._next()) is not None:
-                    record = ItemRecord(self._is_patient)
-                    token = current_item.set(record)
-                    outcome = await self._serve(place.item, place.key, record)
-                    current_item.reset(token)
-                    self._hand_over.put(place, outcome)
+                wants_another = False
+                while (place := await self._next(wants_another=wants_another)) is not None:
+                    wants_another = await self._carry(place)
             except BaseException as error:
                 # It passes; but the loop, which may be shielded from it, must not wait for this worker any more.
-                self._hand_over.end(error, at_once=True)
+                self._end(error, at_once=True)
                 raise
 
-    async def _next(self) -> _Place[K, V, T] | None:
-        """Wait for this worker's turn and for room, then pull; None when there is nothing more to do."""
+    async def _next(self, *, wants_another: bool) -> _Case[K, V, T] | None:
+        """Wait for this worker's turn and for room, then pull; None when there is nothing more to do.
+
+        Items that were put aside come first, unless it `wants_another`.
+        """
         if self._turn.locked():
+            if self._aside and not wants_another:  # the pull may take for ever
+                return self._aside.popleft()
             await self._turn.acquire()
         else:
             self._turn.acquire_nowait()
         try:
-            await self._hand_over.wait_for_room()
-            if self._hand_over.ended:
-                return None
-            item = await self._pull()
-            key = cast(K, item) if self._key is None else self._key(item)
-            # Each item calls two more workers to work: few items have few, and many have all of them soon.
-            for _ in range(min(2, self._unstarted)):
-                self._start_worker()
-            return self._hand_over.admit(item, key)
-        except StopAsyncIteration:
-            self._hand_over.end()
+            if self._outage is not None and self._outage.is_on:
+                await self._outage.wait_for_the_end()
+                wants_another = self._outage.is_on
+            if self._aside and not (wants_another and len(self._aside) <= self._spare and not self._hand_over.ended):
+                return self._aside.popleft()
+            if not self._aside:
+                await self._hand_over.wait_for_room()
+            if not self._hand_over.ended and (place := await self._pull_next()) is not None:
+                return place
+            return self._aside.popleft() if self._aside else None
         except Exception as error:
             # Of the user's iterator or key, whatever it be: it waits until the calls under way have their outcomes, and
             # is raised by the loop then.
-            self._hand_over.end(error)
+            self._end(error)
+            return self._aside.popleft() if self._aside else None
         finally:
             self._turn.release()
-        return None
 
-    async def _serve(self, item: T, key: K, record: ItemRecord) -> Outcome[K, V, T] | None:
-        """Call once. This frame is part of an error's traceback: it must not hold the error or the outcome."""
+    async def _pull_next(self) -> _Case[K, V, T] | None:
+        """The next item that is not settled; None where there is no more."""
+        journal, name = self._journal, None
+        while True:
+            try:
+                item = await self._pull()
+            except StopAsyncIteration:
+                self._hand_over.end()
+                if journal is not None:
+                    journal.ended()
+                return None
+            except StopIteration as error:
+                raise _not_an_end("the items", error) from error
+            try:
+                key = cast(K, item) if self._key is None else self._key(item)
+            except (StopIteration, StopAsyncIteration) as error:
+                raise _not_an_end("`key`", error) from error
+            if journal is None:
+                break
+            name = _name_of(key)
+            journal.pulled(name)
+            if not journal.is_settled(name):
+                break
+            self._meter.skipped += 1
+            if self._meter.skipped % SKIPPED_AT_ONCE == 0:
+                await anyio.lowlevel.checkpoint()
+            if self._hand_over.ended:
+                return None
+        # Each item calls two more workers to work: few items have few, and many have all of them soon.
+        for _ in range(min(2, self._unstarted)):
+            self._start_worker()
+        place: _Case[K, V, T] = _Case(item, key, name)
+        self._hand_over.admit(place)
+        return place
+
+    async def _carry(self, place: _Case[K, V, T]) -> bool:
+        """Call for an item, and again after an outage, until it has its outcome. True: it is aside, to let another try.
+
+        Where the only calls are those for items that fail, nobody can tell an outage from their own trouble.
+        """
+        outage = self._outage
+        while True:
+            is_probe = False
+            if outage is not None and (outage.is_on or place.setback is not None):
+                is_probe = await outage.wait_before(place.setback)
+                if outage.given_up and place.setback is not None:
+                    self._give_up(place)
+                    return False
+            try:
+                is_held = await self._try(place)
+            finally:
+                if is_probe:
+                    cast(Outage, outage).probed()
+            if not is_held:
+                return False
+            if not self._turn.locked() and (
+                cast(Outage, outage).wants_witness if is_probe else not (self._active or self._aside)
+            ):
+                self._aside.append(place)
+                return True
+
+    async def _try(self, place: _Case[K, V, T]) -> bool:
+        """Call once; whether the item is held, and to be tried again."""
         began = anyio.current_time()
+        if place.setback is None:
+            place.began = began
+        record = ItemRecord(is_patient=self._is_patient, is_in_outage=self._is_in_outage)
+        record.attempts = place.attempts
+        token = current_item.set(record)
+        self._active += 1
+        try:
+            outcome = await self._serve(place.item, place.key, place.began, record)
+        finally:
+            self._active -= 1
+            record.is_open = False
+            current_item.reset(token)
+        if outcome is None:
+            self._finish(place, None)
+            return False
+        error = outcome.error
+        ended = place.began + outcome.elapsed
+        if error is not None:
+            if isinstance(error, AuthenticationError):
+                if record.refusal is error or self._refusals + 1 >= max(2, self._workers):
+                    await self._refuse(place, error)
+                    return False
+                self._refusals += 1
+                place.settles = False
+            elif record.outage is error and self._is_held(place, record, outcome):
+                return True
+        if error is None:
+            self._refusals = 0
+        if self._outage is not None and (
+            error is None or (record.outage is not error and isinstance(error, APIStatusError | ResponseDecodeError))
+        ):
+            self._outage.answered(ended - record.last_attempts[-1].elapsed if record.last_attempts else began)
+        self._finish(place, outcome)
+        return False
+
+    def _is_held(self, place: _Case[K, V, T], record: ItemRecord, outcome: Outcome[K, V, T]) -> bool:
+        """Whether an item that met what may be an outage waits for its end; else the failure is its outcome."""
+        outage = self._outage
+        if outage is None:
+            return False
+        if outage.given_up and not record.has_acted:
+            place.settles = False
+            return False
+        attempts = record.last_attempts
+        since = sum(attempt.elapsed for attempt in attempts[1:]) + sum(attempt.delay or 0.0 for attempt in attempts)
+        setback = place.setback or Setback()
+        is_outage = outage.missed(
+            setback,
+            failing_since=anyio.current_time() - since,
+            tried_again=len(attempts) > 1,
+            asked=getattr(outcome.error, "retry_after", None),
+        )
+        if not is_outage or record.has_acted:
+            return False
+        self._held += place.setback is None
+        place.setback, place.attempts, place.failure = setback, record.attempts, outcome
+        return True
+
+    async def _refuse(self, place: _Case[K, V, T], error: Exception) -> None:
+        """The tokens are refused: nothing more can come of any item. A moment for what is under way, then the end."""
+        self._end(error)
+        self._finish(place, None)
+        await anyio.sleep(GRACE)
+        self._end(at_once=True)
+
+    def _finish(self, place: _Case[K, V, T], outcome: Outcome[K, V, T] | None) -> None:
+        self._held -= place.setback is not None
+        if outcome is not None:
+            self._meter.count(place.began + outcome.elapsed, ok=outcome.error is None)
+        self._hand_over.put(place, outcome)
+        if self._stops is not None and not self._hand_over.ended:
+            try:
+                why = self._stops(self._meter, self._progress)
+            except Exception as error:  # of the user's function; the loop raises it
+                self._end(error)
+            else:
+                if why is not None:
+                    self._stop(why)
+
+    async def _serve(self, item: T, key: K, began: float, record: ItemRecord) -> Outcome[K, V, T] | None:
+        """Call once. This frame is part of an error's traceback: it must not hold the error or the outcome."""
         try:
             pending = self._call(item)
             if isinstance(pending, Awaitable):
                 value = await pending
                 return Outcome(item, key, value, None, record.attempts, anyio.current_time() - began)
         except ClientClosedError as error:  # no other item can fare better
-            self._hand_over.end(error)
+            self._end(error)
             return None
         except Exception as error:  # a failed item is an outcome, whatever the user's call raises
             return Outcome(item, key, None, error, record.attempts, anyio.current_time() - began)
-        self._hand_over.end(
+        except anyio.get_cancelled_exc_class() as error:
+            if _is_cancelled(error):
+                raise
+            elapsed = anyio.current_time() - began
+            return Outcome(item, key, None, _cancelled_elsewhere(error), record.attempts, elapsed)
+        self._end(
             ConfigurationError(
                 f"`call` must be an async function: it returned {type(pending).__name__}, not an awaitable."
             )
         )
         return None
+
+
+def _name_of(key: object) -> str:
+    """The journal's name for a key."""
+    if isinstance(key, str):
+        return key
+    if isinstance(key, int) and not isinstance(key, bool):
+        return str(key)
+    raise ConfigurationError(
+        f"a journal knows items by text or whole numbers, not by {type(key).__name__}: give the bulk a `key`."
+    )
 
 
 async def _advance(iterator: Iterator[Item]) -> Item:
@@ -444,6 +568,63 @@ async def _advance(iterator: Iterator[Item]) -> Item:
         return next(iterator)
     except StopIteration:
         raise StopAsyncIteration from None
+    except StopAsyncIteration as error:  # which would end the run as if there were no more
+        raise _not_an_end("the items", error) from error
+
+
+def _not_an_end(culprit: str, error: Exception) -> RuntimeError:
+    """What Python makes of them in generators too (PEP 479)."""
+    return RuntimeError(f"{culprit} raised {type(error).__name__}")
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    """Whether the running task itself, or a scope around it, has been cancelled, so that `error` has to pass.
+
+    If not, `error` comes from a task or future that the call awaited and somebody else cancelled.
+    """
+    import asyncio  # not at the top: trio's users may do without
+
+    if isinstance(error, asyncio.CancelledError) and cast("asyncio.Task[Any]", asyncio.current_task()).cancelling():
+        return True
+    return anyio.current_effective_deadline() == -math.inf
+
+
+def _cancelled_elsewhere(cause: BaseException) -> LayerError:
+    error = LayerError("the call awaited something that somebody else cancelled; the bulk itself was not.")
+    error.__cause__ = cause
+    return error
+
+
+def _length(items: object) -> int | None:
+    try:
+        return len(items)  # type: ignore[arg-type]
+    except Exception:  # whatever somebody's __len__ does, it is no reason not to run
+        return None
+
+
+async def _open_journal(journal: SettledKeys) -> None:
+    is_left = False
+
+    def open_in_thread() -> None:
+        journal.open()
+        if is_left:
+            journal.close()
+
+    try:
+        await anyio.to_thread.run_sync(open_in_thread)
+    except BaseException:  # a native cancellation does not wait for the thread, which may be done or not
+        is_left = True
+        journal.close()
+        raise
+
+
+def _journal_of(journal: str | PathLike[str] | SettledKeys | None) -> SettledKeys | None:
+    if isinstance(journal, str | PathLike):
+        import importlib
+
+        # With SQLite, which few need.
+        return cast(SettledKeys, importlib.import_module("layer_async._journal").Journal(journal))
+    return journal
 
 
 def _check(items: object, call: object, key: object, workers: object) -> None:
@@ -459,6 +640,14 @@ def _check(items: object, call: object, key: object, workers: object) -> None:
         raise ConfigurationError(f"`workers` must be a whole number, at least 1: it is {workers!r}.")
 
 
+def _checked_timeout(outage_timeout: object) -> float | None:
+    if outage_timeout is None:
+        return None
+    if isinstance(outage_timeout, int | float) and not isinstance(outage_timeout, bool) and outage_timeout >= 0:
+        return float(outage_timeout)
+    raise ConfigurationError(f"`outage_timeout` takes seconds, 0 or more, or None, not {outage_timeout!r}.")
+
+
 async def run_all(
     items: Iterable[Item] | AsyncIterable[Item], call: Callable[[Item], Awaitable[Result]], *, workers: int
 ) -> list[Result]:
@@ -469,7 +658,7 @@ async def run_all(
     """
     numbers = itertools.count()
     values: dict[int, Result] = {}
-    bulk = Bulk(items, call, key=lambda _: next(numbers), workers=workers)
+    bulk = Bulk(items, call, key=lambda _: next(numbers), workers=workers, outage_timeout=None)
     async with bulk as outcomes:
         bulk._hand_over.at_once = True
         bulk._is_patient = False  # its caller waits for all of it, within the deadline of each call

@@ -24,15 +24,17 @@ import attrs
 import httpx
 
 from ._auth import DualTokenAuth
-from ._bulk import current_item
+from ._bulk import ItemRecord, current_item
 from ._coding import bound_body, read_bounded
 from ._errors import (
     BODY_LIMIT,
+    AuthenticationError,
     ClientClosedError,
     ConfigurationError,
     DeadlineExceededError,
     ErrorContext,
     LayerError,
+    RateLimitError,
     RequestInfo,
     ResponseDecodeError,
     raise_translated,
@@ -214,9 +216,12 @@ class Call:
         """
         record, settings, item = self.record, self.settings, current_item.get()
         record.idempotent = settings.idempotent
-        record.is_patient = item is not None and item.is_patient
         if settings.retry is not None:
             record.gate_limit = settings.retry.retry_after_max
+        if item is not None and item.is_open:
+            record.is_patient, record.is_in_outage = item.is_patient, item.is_in_outage
+        else:  # a task that was begun for an item, and outlives it, is nobody's
+            item = None
         started = time.perf_counter()
         deadline = math.inf if settings.deadline is None else anyio.current_time() + settings.deadline
         scope = anyio.CancelScope(deadline=deadline)
@@ -240,13 +245,15 @@ class Call:
             # What the source of the tokens raised about a request of its own is not about this one.
             if isinstance(exc, LayerError) and (exc is not record.source_error or exc.request is None):
                 self._complete(exc)
+            if item is not None and isinstance(exc, Exception):
+                self._blame(item, exc)
             raise
         finally:
             self.corridor.live.discard(scope)
             if not (done and self.streamed):
                 record.release_slot()
             if item is not None:
-                item.attempts = (item.attempts or 0) + len(record.attempts)
+                self._report(item, done=done)
             if hears_all(self.corridor.observer):
                 elapsed = time.perf_counter() - started
                 notify(self.corridor.observer, CallFinished(self.info, status, error, len(record.attempts), elapsed))
@@ -439,6 +446,30 @@ class Call:
             if error is not None:
                 raise error
 
+    # What a bulk is told
+
+    def _report(self, item: ItemRecord, *, done: bool) -> None:
+        record = self.record
+        item.attempts = (item.attempts or 0) + len(record.attempts)
+        item.last_attempts = record.attempts
+        if record.maybe_processed or (done and not self._is_safe()):
+            item.has_acted = True
+
+    def _blame(self, item: ItemRecord, error: Exception) -> None:
+        """Say whether `error` is the item's own, or one that any other would meet now."""
+        record = self.record
+        if isinstance(error, AuthenticationError) and self.corridor.identity.auth.is_refused:
+            item.refusal = error
+        elif record.phase == "refresh":  # the source of the tokens has trouble
+            if not isinstance(error, ConfigurationError):
+                item.outage = error
+        elif record.is_outage or isinstance(error, RateLimitError):
+            item.outage = error
+
+    def _is_safe(self) -> bool:
+        headers = None if self.request is None else self.request.headers
+        return is_safe_to_repeat(self.method, self.record, headers=headers)
+
     # What the user gets instead of an answer
 
     def _raise_for_status(self, response: httpx.Response) -> None:
@@ -480,10 +511,11 @@ class Call:
 
     def _deadline_exceeded(self) -> DeadlineExceededError:
         record = self.record
-        headers = None if self.request is None else self.request.headers
         sent = record.phase in ("write", "read") and record.bytes_written != 0
-        if sent and not is_safe_to_repeat(self.method, record, headers=headers):
+        if sent and not self._is_safe():
             record.maybe_processed = True
+        if record.phase in ("connect", "write", "read"):
+            record.is_outage = record.response_started is not True
         return DeadlineExceededError(
             f"the deadline of {self.settings.deadline:g} s passed in the {record.phase} phase. {ADVICE[record.phase]}",
             phase=record.phase,

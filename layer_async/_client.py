@@ -19,7 +19,7 @@ import httpx
 from typing_extensions import TypeForm, Unpack
 
 from ._auth import DualTokenAuth
-from ._bulk import Bulk, run_all
+from ._bulk import OUTAGE_TIMEOUT, Bulk, BulkOptions, run_all
 from ._call import CallSettings, Corridor, Identity, Lane
 from ._errors import ClientClosedError, ConfigurationError, LayerError
 from ._exchange import StreamedResponse, end_readers
@@ -42,8 +42,10 @@ from ._options import (
     merged_headers,
 )
 from ._origin import Origin
+from ._outcomes import SettledKeys
 from ._pacing import Pacing
 from ._pool import ConnectionPool
+from ._progress import StopRule
 from ._retry import Middleware, RetryPolicy
 from ._telemetry import LoggingObserver, Observer, TokensRefreshed, notify
 from ._tokens import TokenPair, TokenSource, resolve_tokens
@@ -378,8 +380,7 @@ class AsyncLayerClient:
         *,
         into: None = None,
         key: None = None,
-        workers: int | None = None,
-        ordered: bool = False,
+        **options: Unpack[BulkOptions],
     ) -> Bulk[str, httpx.Response]: ...
     @overload
     def bulk(
@@ -389,8 +390,7 @@ class AsyncLayerClient:
         *,
         into: None = None,
         key: Callable[[str], Key],
-        workers: int | None = None,
-        ordered: bool = False,
+        **options: Unpack[BulkOptions],
     ) -> Bulk[Key, httpx.Response, str]: ...
     @overload
     def bulk(
@@ -400,8 +400,7 @@ class AsyncLayerClient:
         *,
         into: TypeForm[T],
         key: None = None,
-        workers: int | None = None,
-        ordered: bool = False,
+        **options: Unpack[BulkOptions],
     ) -> Bulk[str, T]: ...
     @overload
     def bulk(
@@ -411,8 +410,7 @@ class AsyncLayerClient:
         *,
         into: TypeForm[T],
         key: Callable[[str], Key],
-        workers: int | None = None,
-        ordered: bool = False,
+        **options: Unpack[BulkOptions],
     ) -> Bulk[Key, T, str]: ...
     @overload
     def bulk(
@@ -422,8 +420,7 @@ class AsyncLayerClient:
         *,
         into: None = None,
         key: None = None,
-        workers: int | None = None,
-        ordered: bool = False,
+        **options: Unpack[BulkOptions],
     ) -> Bulk[Item, T]: ...
     @overload
     def bulk(
@@ -433,8 +430,7 @@ class AsyncLayerClient:
         *,
         into: None = None,
         key: Callable[[Item], Key],
-        workers: int | None = None,
-        ordered: bool = False,
+        **options: Unpack[BulkOptions],
     ) -> Bulk[Key, T, Item]: ...
     def bulk(
         self,
@@ -445,6 +441,9 @@ class AsyncLayerClient:
         key: Callable[[Any], Any] | None = None,
         workers: int | None = None,
         ordered: bool = False,
+        journal: str | os.PathLike[str] | SettledKeys | None = None,
+        stop_when: StopRule | None = None,
+        outage_timeout: float | None = OUTAGE_TIMEOUT,
     ) -> Bulk[Any, Any]:
         """Run one call for each item, many at a time: `async with client.bulk(paths) as outcomes: async for ...`.
 
@@ -452,9 +451,20 @@ class AsyncLayerClient:
         async, endless too; it is read only as workers become free, so that memory does not grow with it. Each item
         gives one `Outcome`, a value or an error, as it completes or, with `ordered`, in the order of the items. `key`
         names an item in its outcome (default: the item itself). `workers` run at a time: by default half the slots,
-        so that single calls find one free. A 429 makes an item wait at the gate for as long as it takes.
+        so that single calls find one free. A 429 makes an item wait at the gate for as long as it takes, and an outage
+        makes it wait until the server is back, for at most `outage_timeout` seconds: `call` is then called again for
+        it. `stop_when` ends the run early, and `journal` is for runs that go on where the last one ended; see `Bulk`.
         """
-        return Bulk(items, self._item_call(call, into), key=key, workers=self._worker_count(workers), ordered=ordered)
+        return Bulk(
+            items,
+            self._item_call(call, into),
+            key=key,
+            workers=self._worker_count(workers),
+            ordered=ordered,
+            journal=journal,
+            stop_when=stop_when,
+            outage_timeout=outage_timeout,
+        )
 
     @overload
     async def fetch_all(

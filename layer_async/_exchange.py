@@ -10,7 +10,7 @@ from __future__ import annotations
 import email.utils
 import math
 import re
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
@@ -61,10 +61,12 @@ class ExchangeRecord:
     `head_received`, whether its head was complete; `reused`, whether the connection had served before. `phase` says
     what the call is doing, `slot` is the slot it holds, `attempts` and `maybe_processed` grow with each attempt. `info`
     is the request as errors and events show it, once somebody has wanted it. `idempotent` is the caller's word on an
-    unsafe method. `is_patient`: the call belongs to a bulk, and waits out any number of 429s. `fresh` asks the
-    transport for a new connection, since an idle one has just turned out to be dead. `source_error` is what the source
-    of the tokens raised: no matter of the API's, whatever its class. `gate` is where each attempt asks, `gate_limit`
-    for how many seconds it may be shut, `turn` the number that the last attempt got there; `scope` bounds the call.
+    unsafe method. `is_patient`: the call belongs to a bulk, and waits out any number of 429s. `is_in_outage` says
+    whether that bulk waits for the server to come back, so that the call is not to try again by itself. `is_outage`:
+    its last failure may be one of many like it. `fresh` asks the transport for a new connection, since an idle one has
+    just turned out to be dead. `source_error` is what the source of the tokens raised: no matter of the API's, whatever
+    its class. `gate` is where each attempt asks, `gate_limit` for how many seconds it may be shut, `turn` the number
+    that the last attempt got there; `scope` bounds the call.
     """
 
     bytes_written: int | None = None
@@ -78,6 +80,8 @@ class ExchangeRecord:
     maybe_processed: bool = False
     idempotent: bool | None = None
     is_patient: bool = False
+    is_in_outage: Callable[[], bool] | None = None
+    is_outage: bool = False
     fresh: bool = False
     source_error: Exception | None = attrs.field(default=None, repr=False)
     gate: Passable | None = None
@@ -96,6 +100,7 @@ class ExchangeRecord:
     def begin_attempt(self) -> None:
         """Forget what the transport wrote for the attempt before."""
         self.bytes_written = self.response_started = self.head_received = self.reused = None
+        self.is_outage = False
 
     def release_slot(self) -> None:
         """Give the slot back, if one is held; synchronous."""

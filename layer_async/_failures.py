@@ -22,10 +22,20 @@ class Row:
 
     `safe` and `unsafe` bound how often one call is tried again for this failure, for requests that can be repeated
     safely and for the others. `cost` is what each such failure takes from the budget. `fresh` asks for a new
-    connection. `at_once` waits for nothing.
+    connection. `at_once` waits for nothing. `outage`: so it looks when the server, or the way to it, is away.
     """
 
-    __slots__ = ("at_once", "cost", "fresh", "heeds_retry_after", "name", "needs_half_an_attempt", "safe", "unsafe")
+    __slots__ = (
+        "at_once",
+        "cost",
+        "fresh",
+        "heeds_retry_after",
+        "name",
+        "needs_half_an_attempt",
+        "outage",
+        "safe",
+        "unsafe",
+    )
 
     def __init__(
         self,
@@ -38,6 +48,7 @@ class Row:
         fresh: bool = False,
         heeds_retry_after: bool = False,
         needs_half_an_attempt: bool = False,
+        outage: bool = False,
     ) -> None:
         self.name: str = name
         self.safe: float = safe
@@ -47,26 +58,27 @@ class Row:
         self.fresh: bool = fresh
         self.heeds_retry_after: bool = heeds_retry_after
         self.needs_half_an_attempt: bool = needs_half_an_attempt
+        self.outage: bool = outage
 
 
 NEVER, ONCE, TWICE, YES = 0, 1, 2, math.inf
 FREE = 0.0
 
-CONNECT = Row("no connection", YES, YES)
-CONNECT_TIMEOUT = Row("connect timeout", YES, YES, cost=2)
+CONNECT = Row("no connection", YES, YES, outage=True)
+CONNECT_TIMEOUT = Row("connect timeout", YES, YES, cost=2, outage=True)
 PERMANENT = Row("certificate, unknown host, bad URL, own bounds", NEVER, NEVER, cost=FREE)
-UNSENT = Row("nothing was written", YES, YES)
-CUT_REQUEST = Row("the request was cut", YES, NEVER)
-DISCONNECT = Row("no answer began", YES, NEVER)
-READ_TIMEOUT = Row("read timeout before the answer", YES, NEVER, cost=2, needs_half_an_attempt=True)
+UNSENT = Row("nothing was written", YES, YES, outage=True)
+CUT_REQUEST = Row("the request was cut", YES, NEVER, outage=True)
+DISCONNECT = Row("no answer began", YES, NEVER, outage=True)
+READ_TIMEOUT = Row("read timeout before the answer", YES, NEVER, cost=2, needs_half_an_attempt=True, outage=True)
 CUT_RESPONSE = Row("the answer was cut", YES, NEVER)
 MALFORMED = Row("malformed head or corrupt coding", ONCE, NEVER, fresh=True)
 REQUEST_TIMEOUT = Row("408", ONCE, ONCE, cost=FREE, at_once=True, fresh=True)
 TOO_EARLY = Row("425", ONCE, ONCE)
 RATE_LIMITED = Row("429", YES, YES, cost=FREE, heeds_retry_after=True)
 SERVER_ERROR = Row("500", TWICE, NEVER)
-BAD_GATEWAY = Row("502, 504", YES, NEVER)
-UNAVAILABLE = Row("503", YES, NEVER, heeds_retry_after=True)
+BAD_GATEWAY = Row("502, 504", YES, NEVER, outage=True)
+UNAVAILABLE = Row("503", YES, NEVER, heeds_retry_after=True, outage=True)
 DETERMINISTIC = Row("would meet the same again", NEVER, NEVER, cost=FREE)
 
 STATUS_ROWS: dict[int, Row] = {

@@ -57,8 +57,8 @@ class Decision:
 
     `retry` says whether there is another attempt, `delay` after how many seconds, `fresh` whether on a new connection.
     `cost` is what the failure takes from the budget, whether or not there is another attempt. `at_gate` means that the
-    gate is to hear of it, likewise in either case. `refused` says why there is none: row, often, attempts,
-    body, retry-after, deadline or budget.
+    gate is to hear of it, likewise in either case. `refused` says why there is none: row, often, attempts, body,
+    retry-after, deadline, budget, or outage (a bulk waits for its end).
     """
 
     retry: bool
@@ -317,6 +317,9 @@ class RetryMiddleware:
         )
         if not self.budget.withdraw(decision.cost) and decision.retry:
             decision = attrs.evolve(decision, retry=False, refused="budget")
+        elif decision.retry and failure.row.outage and record.is_in_outage is not None and record.is_in_outage():
+            decision = attrs.evolve(decision, retry=False, refused="outage")
+        record.is_outage = failure.row.outage or decision.refused == "budget"
         earlier.append(failure)
         record.maybe_processed = record.maybe_processed or (failure.processed and not safe)
         if decision.at_gate and self._gate is not None:

@@ -9,10 +9,12 @@ import itertools
 import pathlib
 import pickle
 import sys
+import threading
 import traceback
+import types
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing
-from typing import Any, assert_type
+from typing import Any, Self, assert_type
 
 import anyio
 import anyio.lowlevel
@@ -20,8 +22,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layer_async._bulk import Bulk, ItemRecord, Outcome, Outcomes, current_item, run_all
-from layer_async._errors import ClientClosedError, ConfigurationError, NotFoundError
+from layer_async import _bulk, _outage
+from layer_async._bulk import Bulk, ItemRecord, current_item, run_all
+from layer_async._errors import (
+    AuthenticationError,
+    ClientClosedError,
+    ConfigurationError,
+    LayerError,
+    NotFoundError,
+    ServerError,
+)
+from layer_async._outcomes import Outcome, Outcomes
 
 pytestmark = pytest.mark.anyio
 
@@ -588,21 +599,47 @@ async def test_a_base_exception_of_a_call_ends_the_block_at_once_and_comes_out_a
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_cancellation_that_a_call_catches_from_elsewhere_passes_and_nothing_hangs() -> None:
-    """A call that awaits another task gets that task's CancelledError, without being cancelled itself."""
-
-    async def call(number: int) -> None:
-        other = asyncio.get_running_loop().create_future()
-        other.cancel()
-        await other
+async def test_a_future_that_somebody_else_cancels_is_the_items_trouble_alone() -> None:
+    async def call(number: int) -> int:
+        if number == 2:
+            other = asyncio.get_running_loop().create_future()
+            other.cancel()
+            await other
+        return await double(number)
 
     before = living()
-    with pytest.raises(asyncio.CancelledError):
-        await drain(Bulk(itertools.count(), call, workers=3))
+    async with Bulk(range(5), call, workers=3, ordered=True) as outcomes:
+        errors = [outcome.error async for outcome in outcomes]
     assert living() == before
+    error = errors.pop(2)
+    assert errors == [None] * 4
+    assert isinstance(error, LayerError)
+    assert "somebody else cancelled" in str(error)
+    assert isinstance(error.__cause__, asyncio.CancelledError)
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_a_cancellation_that_is_nobodys_is_the_items_trouble_alone_on_trio_too() -> None:
+    stray: list[BaseException] = []
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await checkpoint()
+        except BaseException as exc:
+            stray.append(exc)
+            raise
+
+    async def call(number: int) -> int:
+        if number == 1:
+            raise stray[0]
+        return await double(number)
+
+    async with Bulk(range(3), call, workers=2, ordered=True) as outcomes:
+        errors = [outcome.error async for outcome in outcomes]
+    assert [type(error) for error in errors] == [type(None), LayerError, type(None)]
 
 
 # Leaving
@@ -974,26 +1011,56 @@ async def test_an_outcome_is_not_lost_when_waiting_for_it_is_given_up() -> None:
         assert [outcome.item async for outcome in outcomes] == [0, 1, 2, 3]
 
 
-# Settled
+# Settled, and the journal
+
+
+class Keys:
+    """A journal in memory."""
+
+    inputs_changed: str | None = None
+
+    def __init__(self, *settled: str) -> None:
+        self.known = dict.fromkeys(settled, True)
+        self.settled: dict[str, bool] = {}
+        self.seen: list[str] = []
+        self.state: list[str] = []
+
+    def open(self) -> None:
+        self.state.append("open")
+
+    def close(self) -> None:
+        self.state.append("closed")
+
+    def pulled(self, key: str) -> None:
+        self.seen.append(key)
+
+    def ended(self) -> None:
+        self.state.append("ended")
+
+    def is_settled(self, key: str) -> bool:
+        return key in self.known
+
+    def settle(self, key: str, *, ok: bool) -> None:
+        assert self.state[0] == "open"
+        assert self.state[-1] != "closed"
+        self.settled[key] = ok
 
 
 async def test_an_outcome_is_settled_when_the_loop_body_that_received_it_has_ended() -> None:
-    settled: list[int] = []
-    bulk = Bulk(range(5), double, workers=2, ordered=True)
-    bulk._on_settled = lambda outcome: settled.append(outcome.item)
-    async with bulk as outcomes:
+    journal = Keys()
+    async with Bulk(range(5), double, workers=2, ordered=True, journal=journal) as outcomes:
         async for outcome in outcomes:
-            assert settled == list(range(outcome.item))
-    assert settled == [0, 1, 2, 3, 4]
+            assert list(journal.settled) == [str(number) for number in range(outcome.item)]
+    assert journal.settled == dict.fromkeys("01234", True)
+    assert journal.state == ["open", "ended", "closed"]
+    assert journal.seen == list("01234")
 
 
 @pytest.mark.parametrize("leave", ["break", "raise"])
 async def test_the_last_outcome_is_settled_by_a_break_and_not_by_an_exception(leave: str) -> None:
-    settled: list[int] = []
-    bulk = Bulk(range(5), double, workers=2, ordered=True)
-    bulk._on_settled = lambda outcome: settled.append(outcome.item)
+    journal = Keys()
     try:
-        async with bulk as outcomes:
+        async with Bulk(range(5), double, workers=2, ordered=True, journal=journal) as outcomes:
             async for outcome in outcomes:
                 if outcome.item == 2:
                     if leave == "break":
@@ -1001,7 +1068,644 @@ async def test_the_last_outcome_is_settled_by_a_break_and_not_by_an_exception(le
                     raise ValueError
     except ValueError:
         pass
-    assert settled == ([0, 1, 2] if leave == "break" else [0, 1])
+    assert list(journal.settled) == (["0", "1", "2"] if leave == "break" else ["0", "1"])
+    assert journal.state[-1] == "closed"
+
+
+async def test_a_body_that_is_cancelled_does_not_settle_its_outcome_and_the_journal_is_closed() -> None:
+    journal = Keys()
+    with anyio.CancelScope() as scope:
+        async with Bulk(range(5), double, workers=2, ordered=True, journal=journal) as outcomes:
+            async for outcome in outcomes:
+                if outcome.item == 2:
+                    scope.cancel()
+                    await checkpoint()
+    assert list(journal.settled) == ["0", "1"]
+    assert journal.state[-1] == "closed"
+
+
+async def test_settled_items_are_passed_over_and_counted_and_failed_ones_are_settled_too() -> None:
+    async def call(path: str) -> int:
+        if path == "/api/3":
+            raise ValueError
+        return len(path)
+
+    journal = Keys("/api/0", "/api/2")
+    async with Bulk([f"/api/{number}" for number in range(5)], call, workers=2, journal=journal) as outcomes:
+        items = [outcome.item async for outcome in outcomes]
+        progress = outcomes.progress
+    assert sorted(items) == ["/api/1", "/api/3", "/api/4"]
+    assert journal.settled == {"/api/1": True, "/api/3": False, "/api/4": True}
+    assert journal.seen == [f"/api/{number}" for number in range(5)]
+    assert (progress.done, progress.failed, progress.skipped, progress.total, progress.eta) == (3, 1, 2, 5, 0.0)
+
+
+async def test_passing_over_a_million_settled_items_lets_others_have_their_turn() -> None:
+    journal = Keys()
+    journal.is_settled = lambda key: True  # type: ignore[method-assign]
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await checkpoint()
+            turns += 1
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(other)
+        async with Bulk(range(1000), double, workers=2, journal=journal) as outcomes:
+            assert [outcome async for outcome in outcomes] == []
+        group.cancel_scope.cancel()
+    assert turns >= 10
+
+
+async def test_a_drain_ends_the_passing_over_too() -> None:
+    journal = Keys()
+    journal.is_settled = lambda key: True  # type: ignore[method-assign]
+    async with Bulk(itertools.count(), double, workers=2, journal=journal) as outcomes:
+        await rest()
+        outcomes.drain()
+        assert [outcome async for outcome in outcomes] == []
+    assert outcomes.progress.skipped > 0
+
+
+@pytest.mark.parametrize("key", [1.5, None, True, b"x", ("a", 1)])
+async def test_keys_that_a_journal_cannot_know_are_refused(key: Any) -> None:
+    with pytest.raises(ConfigurationError, match="give the bulk a `key`"):
+        await drain(Bulk([1], double, key=lambda _: key, workers=1, journal=Keys()))
+
+
+async def test_a_journal_that_another_run_holds_is_refused_before_anything_is_pulled() -> None:
+    journal, numbers = Keys(), Numbers()
+
+    def refuse() -> None:
+        raise ConfigurationError("another run holds it.")
+
+    journal.open = refuse  # type: ignore[method-assign]
+    before = living()
+    with pytest.raises(ConfigurationError, match="another run"):
+        await drain(Bulk(numbers.sync(), double, workers=2, journal=journal))
+    assert numbers.pulled == 0
+    assert journal.settled == {}
+    assert living() == before
+
+
+async def test_a_journal_that_cannot_be_written_says_so_and_is_closed() -> None:
+    journal = Keys()
+
+    def fail(key: str, *, ok: bool) -> None:
+        raise OSError("the disk is full")
+
+    journal.settle = fail  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="disk is full"):
+        await drain(Bulk(range(5), double, workers=2, journal=journal))
+    assert journal.state[-1] == "closed"
+
+
+async def test_a_last_outcome_that_cannot_be_settled_says_so_and_the_journal_is_closed() -> None:
+    journal = Keys()
+
+    def fail(key: str, *, ok: bool) -> None:
+        raise OSError("the disk is full")
+
+    journal.settle = fail  # type: ignore[method-assign]
+
+    async def scenario() -> None:
+        async with Bulk(range(5), double, workers=2, journal=journal) as outcomes:
+            async for _ in outcomes:
+                break
+
+    with pytest.raises(OSError, match="disk is full"):
+        await scenario()
+    assert journal.state[-1] == "closed"
+
+
+async def test_inputs_that_have_changed_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    journal = Keys()
+    journal.inputs_changed = "the inputs have changed."
+    await drain(Bulk(range(5), double, workers=2, journal=journal))
+    assert caplog.messages == ["the inputs have changed."]
+
+
+async def test_a_path_names_a_journal(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    opened: list[Any] = []
+
+    class Journal(Keys):
+        def __init__(self, path: str) -> None:
+            super().__init__()
+            opened.append((path, self))
+
+    monkeypatch.setitem(sys.modules, "layer_async._journal", types.SimpleNamespace(Journal=Journal))
+    for path in (str(tmp_path / "run.db"), tmp_path / "run.db"):
+        await drain(Bulk(range(3), double, workers=2, journal=path))
+        assert opened[-1][0] == path
+        assert sorted(opened[-1][1].settled) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_run_that_is_cancelled_while_its_journal_opens_leaves_it_closed() -> None:
+    journal, began, may_open = Keys(), threading.Event(), threading.Event()
+
+    def slowly() -> None:
+        began.set()
+        may_open.wait(5)
+        journal.state.append("open")
+
+    journal.open = slowly  # type: ignore[method-assign]
+    task = asyncio.create_task(drain(Bulk(range(3), double, workers=2, journal=journal)))
+    while not began.is_set():
+        await checkpoint()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    may_open.set()
+    with anyio.fail_after(5):
+        while journal.state != ["closed", "open", "closed"]:
+            await checkpoint()
+
+
+# Progress, stopping, draining
+
+
+async def test_progress_says_how_far_a_bulk_has_come_and_stays_after_it() -> None:
+    crew = Crew()
+    crew.gate.set()
+    async with Bulk(range(10), crew, workers=2, ordered=True) as outcomes:
+        assert outcomes.progress.done == 0
+        async for outcome in outcomes:
+            progress = outcomes.progress
+            assert outcome.item < progress.done <= 10
+            assert progress.total == 10
+    assert (outcomes.progress.done, outcomes.progress.eta, outcomes.progress.held) == (10, 0.0, 0)
+
+
+async def test_items_of_no_length_have_no_total() -> None:
+    class Odd:
+        def __len__(self) -> int:
+            raise OSError("who knows")
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(3))
+
+    items: Any
+    for items in (Odd(), Numbers(3).sync(), Numbers(3).asynchronous()):
+        async with Bulk(items, double, workers=2) as outcomes:
+            assert len([outcome async for outcome in outcomes]) == 3
+        assert (outcomes.progress.total, outcomes.progress.eta) == (None, None)
+
+
+@pytest.mark.parametrize("rule", [3, 0.1, lambda progress: progress.failed == 3], ids=["count", "rate", "function"])
+async def test_a_bulk_that_is_told_to_stop_delivers_what_it_has_begun_and_pulls_nothing_more(rule: Any) -> None:
+    async def call(number: int) -> int:
+        await ticks(number % 3)
+        if number % 7 == 6:
+            raise ValueError(number)
+        return number
+
+    numbers = Numbers()
+    before = living()
+    bulk = Bulk(numbers.sync(), call, workers=4, stop_when=rule)
+    async with bulk as outcomes:
+        got = [outcome.item async for outcome in outcomes]
+    assert sorted(got) == list(range(numbers.pulled))
+    assert numbers.pulled < 40
+    assert outcomes.stopped is not None
+    assert outcomes.progress.failed >= 3
+    assert living() == before
+
+
+async def test_an_error_of_the_predicate_ends_the_run_and_is_raised() -> None:
+    got: list[int] = []
+    with pytest.raises(ZeroDivisionError):
+        await drain(
+            Bulk(itertools.count(), double, workers=2, stop_when=lambda progress: 2 // (5 - progress.done) > 2), got
+        )
+    assert len(got) >= 5
+
+
+async def test_a_bulk_that_comes_to_its_end_has_not_stopped() -> None:
+    async with Bulk(range(5), double, workers=2, stop_when=3) as outcomes:
+        assert len([outcome async for outcome in outcomes]) == 5
+        outcomes.drain()
+    assert outcomes.stopped is None
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_draining_lets_what_is_under_way_finish_and_ends_the_loop(ordered: bool) -> None:
+    numbers, crew = Numbers(), Crew()
+    async with Bulk(numbers.sync(), crew, workers=3, ordered=ordered) as outcomes:
+        await rest()
+        outcomes.drain()
+        outcomes.drain()
+        crew.gate.set()
+        assert sorted([outcome.item async for outcome in outcomes]) == [0, 1, 2]
+    assert numbers.pulled == 3
+    assert outcomes.stopped == "drained."
+
+
+async def test_draining_does_not_wait_for_items_that_do_not_come() -> None:
+    async def items() -> AsyncIterator[int]:
+        yield 1
+        await anyio.sleep_forever()
+
+    with anyio.fail_after(5):
+        async with Bulk(items(), double, workers=3) as outcomes:
+            async for _ in outcomes:
+                outcomes.drain()
+    assert outcomes.stopped == "drained."
+
+
+# Outages
+
+
+class Server:
+    """A call to a server that is away now and then, as a client's call tells a bulk of it."""
+
+    def __init__(self) -> None:
+        self.is_away = False
+        self.broken: set[int] = set()
+        self.sent: list[int] = []
+        self.active = 0
+        self.most = 0
+        self.acts = False
+        self.on_call: Callable[[int], None] = lambda number: None
+
+    async def __call__(self, number: int) -> int:
+        record = current_item.get()
+        assert record is not None
+        self.sent.append(number)
+        self.active += 1
+        self.most = max(self.most, self.active)
+        self.on_call(number)
+        try:
+            record.attempts = (record.attempts or 0) + 1
+            await ticks(2)
+            if self.is_away or number in self.broken:
+                error = ServerError("away", status_code=503)
+                record.outage = error
+                record.has_acted = self.acts
+                raise error
+            return number
+        finally:
+            self.active -= 1
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits that are drawn from less than a millisecond."""
+    monkeypatch.setattr(_outage, "FIRST_WAIT", 0.0005)
+    monkeypatch.setattr(_outage, "LONGEST_WAIT", 0.0005)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("ordered", [False, True])
+@both_kinds
+async def test_an_outage_loses_no_item_and_sends_one_probe_at_a_time(kind: str, ordered: bool, workers: int) -> None:
+    server, numbers = Server(), Numbers(40)
+    before = living()
+
+    def fail_for_a_while(number: int) -> None:
+        server.is_away = 30 <= len(server.sent) < 60
+        if 30 + 2 * workers + 2 < len(server.sent) <= 60:
+            assert server.active == 1
+
+    server.on_call = fail_for_a_while
+    async with Bulk(sources(numbers)[kind](), server, workers=workers, ordered=ordered) as outcomes:
+        got = {outcome.item: outcome async for outcome in outcomes}
+    assert sorted(got) == list(range(40))
+    assert all(outcome.ok for outcome in got.values())
+    attempts = sum(outcome.attempts or 0 for outcome in got.values())
+    assert attempts == len(server.sent)
+    assert server.most <= workers
+    assert outcomes.stopped is None
+    assert living() == before
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_is_held_is_no_more_than_the_workers_had_and_progress_tells() -> None:
+    server, numbers, journal = Server(), Numbers(), Keys()
+    server.is_away = True
+    async with Bulk(numbers.sync(), server, workers=4, key=str, journal=journal) as outcomes:
+        while len(server.sent) < 12:
+            await checkpoint()
+        assert numbers.pulled <= 6
+        assert 4 <= outcomes.progress.held <= 6
+        assert outcomes.progress.done == 0
+        server.is_away = False
+        async for outcome in outcomes:
+            assert outcome.ok
+            if outcomes.progress.held == 0:
+                break
+        assert outcomes.progress.done >= 4
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("workers", [1, 3])
+async def test_an_item_with_a_trouble_of_its_own_is_no_outage_and_holds_up_nobody(workers: int) -> None:
+    server = Server()
+    server.broken = {5, 6, 11}
+    journal = Keys()
+    async with Bulk(range(200), server, workers=workers, journal=journal) as outcomes:
+        failed = {outcome.item: outcome async for outcome in outcomes if not outcome.ok}
+    assert sorted(failed) == [5, 6, 11]
+    assert max(outcome.attempts or 0 for outcome in failed.values()) <= 20
+    assert journal.settled["5"] is False
+    assert outcomes.stopped is None
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_after_outage_timeout_the_held_have_their_errors_and_the_rest_stays_unread(ordered: bool) -> None:
+    server, numbers, journal = Server(), Numbers(), Keys()
+    server.broken = set(range(10, 100))
+    before = living()
+    bulk = Bulk(numbers.sync(), server, workers=3, ordered=ordered, outage_timeout=0.01, journal=journal)
+    async with bulk as outcomes:
+        got = {outcome.item: outcome async for outcome in outcomes}
+    assert sorted(got) == list(range(numbers.pulled))
+    assert numbers.pulled <= 10 + 3 + 8 + 1
+    assert outcomes.stopped is not None
+    assert "outage_timeout=0.01" in outcomes.stopped
+    for number, outcome in got.items():
+        assert isinstance(outcome.error, ServerError) == (number >= 10)
+    assert sorted(journal.settled) == sorted(map(str, range(10)))  # the others are for the next run
+    assert living() == before
+
+
+@pytest.mark.usefixtures("quick")
+async def test_draining_ends_the_wait_of_the_held() -> None:
+    server = Server()
+    server.is_away = True
+    async with Bulk(range(3), server, workers=3) as outcomes:
+        while len(server.sent) < 10:
+            await checkpoint()
+        outcomes.drain()
+        got = [outcome async for outcome in outcomes]
+    assert sorted(outcome.item for outcome in got) == [0, 1, 2]
+    assert all(isinstance(outcome.error, ServerError) for outcome in got)
+    assert outcomes.stopped == "drained."
+
+
+@pytest.mark.usefixtures("quick")
+async def test_an_item_pulled_slowly_while_an_outage_begins_is_tried_before_it_is_given_up() -> None:
+    server = Server()
+    server.is_away = True
+
+    async def items() -> AsyncIterator[int]:
+        yield 0
+        yield 1
+        yield 2
+        while len(server.sent) < 8:
+            await checkpoint()
+        yield 3
+        await anyio.sleep_forever()
+
+    async with Bulk(items(), server, workers=4, outage_timeout=0.02) as outcomes:
+        got = [outcome async for outcome in outcomes]
+    assert sorted(outcome.item for outcome in got) == [0, 1, 2, 3]
+    assert 3 in server.sent
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_must_not_be_done_twice_is_settled_as_it_is_and_the_others_are_spared() -> None:
+    server, numbers, journal = Server(), Numbers(), Keys()
+    server.is_away = server.acts = True
+    async with Bulk(numbers.sync(), server, workers=3, outage_timeout=0.01, journal=journal) as outcomes:
+        got = [outcome async for outcome in outcomes]
+    assert sorted(outcome.item for outcome in got) == sorted(server.sent) == list(range(numbers.pulled))
+    assert numbers.pulled < 100  # one at a time, with waits between
+    assert len(journal.settled) == numbers.pulled
+    assert outcomes.stopped is not None
+
+
+async def test_without_outage_timeout_nothing_is_held() -> None:
+    server = Server()
+    server.is_away = True
+    async with Bulk(range(30), server, workers=3, outage_timeout=None) as outcomes:
+        assert [outcome.ok async for outcome in outcomes] == [False] * 30
+    assert len(server.sent) == 30
+
+
+@pytest.mark.usefixtures("quick")
+async def test_an_answer_of_any_kind_ends_an_outage_and_a_local_error_does_not() -> None:
+    server = Server()
+    first = True
+
+    def act(number: int) -> None:
+        nonlocal first
+        server.is_away = len(server.sent) < 8
+        if number == 3:
+            raise ValueError("of the user's own")
+        if not server.is_away and first:
+            first = False
+            raise NotFoundError("gone", status_code=404)
+
+    server.on_call = act
+    async with Bulk(range(20), server, workers=4) as outcomes:
+        errors = [type(outcome.error) async for outcome in outcomes if outcome.error is not None]
+    assert sorted(error.__name__ for error in errors) == ["NotFoundError", "ValueError"]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("way", ["break", "raise", "cancel"])
+async def test_leaving_while_items_are_held_and_one_probes_leaves_nothing_behind(way: str) -> None:
+    server, numbers = Server(), Numbers()
+    server.is_away = True
+    before = living()
+    with anyio.CancelScope() as scope:
+        try:
+            async with Bulk(numbers.sync(), server, workers=4):
+                while len(server.sent) < 10:
+                    await checkpoint()
+                if way == "raise":
+                    raise ValueError
+                if way == "cancel":
+                    scope.cancel()
+                    await checkpoint()
+        except ValueError:
+            pass
+    assert server.active == 0
+    assert numbers.closed
+    assert living() == before
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("native", [False, True])
+async def test_a_cancellation_at_any_tick_of_an_outage_leaves_nothing_behind(native: bool, anyio_backend: str) -> None:
+    if native and anyio_backend == "trio":
+        return
+    before = living()
+
+    async def scenario(server: Server, numbers: Numbers) -> None:
+        def act(number: int) -> None:
+            server.is_away = 5 <= len(server.sent) < 14
+
+        server.on_call = act
+        async with Bulk(numbers.asynchronous(), server, workers=3) as outcomes:
+            async for outcome in outcomes:
+                if outcome.item == 8:
+                    outcomes.drain()
+
+    for tick in itertools.count(0, 3):
+        server, numbers = Server(), Numbers()
+        finished = False
+        if native:
+            task = asyncio.create_task(scenario(server, numbers))
+            for _ in range(tick):
+                await asyncio.sleep(0)
+            finished = task.done()
+            task.cancel()
+            await asyncio.wait([task])
+        else:
+            async with anyio.create_task_group() as group:
+                scope = anyio.CancelScope()
+
+                async def cancel_later(scope: anyio.CancelScope = scope, tick: int = tick) -> None:
+                    await ticks(tick)
+                    scope.cancel()
+
+                group.start_soon(cancel_later)
+                with scope:
+                    await scenario(server, numbers)
+                    finished = True
+                group.cancel_scope.cancel()
+        assert server.active == 0
+        assert living() == before
+        assert numbers.closed or numbers.pulled == 0
+        if finished:
+            break
+    assert tick > 20
+
+
+async def test_a_task_that_outlives_its_item_works_for_nobody() -> None:
+    records: list[ItemRecord] = []
+
+    async def call(number: int) -> None:
+        record = current_item.get()
+        assert record is not None
+        assert record.is_open
+        records.append(record)
+
+    await drain(Bulk(range(3), call, workers=2))
+    assert not any(record.is_open for record in records)
+
+
+# Refused tokens
+
+
+class Door:
+    """A call whose tokens are refused from some item on."""
+
+    def __init__(self, lapses_at: int, *, circuit: bool) -> None:
+        self.lapses_at = lapses_at
+        self.circuit = circuit
+        self.refused = 0
+
+    async def __call__(self, number: int) -> int:
+        record = current_item.get()
+        assert record is not None
+        await checkpoint()
+        if number < self.lapses_at:
+            return number
+        self.refused += 1
+        error = AuthenticationError("refused", status_code=401)
+        if self.circuit and self.refused > 2:
+            record.refusal = error
+        raise error
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("circuit", [True, False], ids=["circuit", "one path only"])
+async def test_refused_tokens_end_the_run_with_one_error_and_settle_nothing(circuit: bool, workers: int) -> None:
+    door, numbers, journal = Door(10, circuit=circuit), Numbers(), Keys()
+    got: list[int] = []
+    with pytest.raises(AuthenticationError):
+        await drain(Bulk(numbers.sync(), door, workers=workers, journal=journal), got)
+    assert set(range(10)) <= set(got)
+    assert len(got) <= 10 + 2 * workers  # the last successes may come after the first refusals
+    assert numbers.pulled <= 10 + 2 * workers + 1
+    assert sorted(map(int, journal.settled)) == list(range(10))
+    assert numbers.closed
+
+
+async def test_a_401_now_and_then_is_the_items_own() -> None:
+    async def call(number: int) -> int:
+        if number % 2:
+            raise AuthenticationError("refused", status_code=401)
+        return number
+
+    async with Bulk(range(20), call, workers=1) as outcomes:
+        assert [outcome.ok async for outcome in outcomes] == [True, False] * 10
+
+
+async def test_refused_tokens_do_not_wait_for_slow_calls_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_bulk, "GRACE", 0.001)
+    crew = Crew()
+
+    async def call(number: int) -> int:
+        record = current_item.get()
+        assert record is not None
+        if number < 2:
+            return await crew(number)
+        record.refusal = AuthenticationError("refused", status_code=401)
+        raise record.refusal
+
+    with anyio.fail_after(5), pytest.raises(AuthenticationError):
+        await drain(Bulk(itertools.count(), call, workers=4))
+    assert crew.active == 0
+
+
+# What is no end
+
+
+@pytest.mark.parametrize("error", [StopIteration, StopAsyncIteration])
+async def test_an_end_that_is_none_is_an_error(error: type[Exception]) -> None:
+    def key(number: int) -> int:
+        if number == 3:
+            raise error
+        return number
+
+    class Faulty:
+        """An iterator whose parts raise what only an end may."""
+
+        def __init__(self) -> None:
+            self.left = 3
+
+        def __iter__(self) -> Self:
+            return self
+
+        def __next__(self) -> int:
+            if not self.left:
+                raise StopAsyncIteration
+            self.left -= 1
+            return self.left
+
+    class AsyncFaulty:
+        def __init__(self) -> None:
+            self.left = 3
+
+        def __aiter__(self) -> Self:
+            return self
+
+        def __anext__(self) -> Awaitable[int]:
+            if not self.left:
+                raise StopIteration
+            self.left -= 1
+            return double(self.left)
+
+    cases: list[tuple[Any, dict[str, Any]]] = [(range(9), {"key": key}), (Faulty(), {}), (AsyncFaulty(), {})]
+    for items, options in cases:
+        got: list[int] = []
+        with pytest.raises(RuntimeError, match="raised Stop"):
+            await drain(Bulk(items, double, workers=2, **options), got)
+        assert len(got) == 3
+
+
+@pytest.mark.parametrize("wrong", [-1, "5", True, float("nan")])
+def test_outage_timeout_takes_seconds(wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match="`outage_timeout`"):
+        Bulk([1], double, workers=1, outage_timeout=wrong)
 
 
 # All or nothing

@@ -1,0 +1,314 @@
+"""A bulk over a client: what its calls tell it of outages, refused tokens and what must not be done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+import respx
+
+from layer_async import (
+    APITimeoutError,
+    AsyncLayerClient,
+    AttemptFinished,
+    AuthenticationError,
+    DeadlineExceededError,
+    Event,
+    Outcome,
+    RateLimitError,
+    ResponseDecodeError,
+    RetryPolicy,
+    ServerError,
+    TokenPair,
+    _outage,
+)
+from layer_async._bulk import ItemRecord, current_item
+
+pytestmark = pytest.mark.anyio
+
+BASE = "https://webapi.thelayer.com"
+AT_ONCE = RetryPolicy(backoff_initial=1e-9, backoff_max=1e-9)
+PATHS = [f"/api/{number}" for number in range(30)]
+
+
+@pytest.fixture
+def router() -> Iterator[respx.MockRouter]:
+    with respx.mock(base_url=BASE, assert_all_called=False) as router:
+        yield router
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_outage, "FIRST_WAIT", 0.0005)
+    monkeypatch.setattr(_outage, "LONGEST_WAIT", 0.0005)
+
+
+def make(**options: Any) -> AsyncLayerClient:
+    settings: dict[str, Any] = {"token1": "primary-5ecret-aaaa", "token2": "secondary-5ecret-bbbb", "retry": AT_ONCE}
+    return AsyncLayerClient(**(settings | options))
+
+
+class Away:
+    """An answer for each request: from the `first` to the `last` of them, what `fail` makes of it."""
+
+    def __init__(self, fail: Any, first: int = 5, last: int = 100) -> None:
+        self.fail = fail
+        self.first = first
+        self.last = last
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        if self.first <= len(self.requests) <= self.last:
+            if isinstance(self.fail, httpx.Response):
+                return httpx.Response(self.fail.status_code, headers=self.fail.headers)
+            raise self.fail(f"{len(self.requests)}", request=request)
+        return httpx.Response(200, json={})
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        httpx.ConnectError,
+        httpx.ConnectTimeout,
+        httpx.ReadTimeout,
+        httpx.ReadError,
+        httpx.RemoteProtocolError,
+        *(httpx.Response(code) for code in (502, 503, 504)),
+    ],
+    ids=str,
+)
+async def test_no_item_is_lost_to_an_outage_of_any_kind(router: respx.MockRouter, fail: Any) -> None:
+    away = Away(fail)
+    router.route().mock(side_effect=away)
+    async with make() as client, client.bulk(PATHS, workers=5) as outcomes:
+        got = [outcome async for outcome in outcomes]
+    assert sorted(outcome.item for outcome in got) == sorted(PATHS)
+    assert all(outcome.ok for outcome in got)
+    assert outcomes.stopped is None
+    assert sum(outcome.attempts or 0 for outcome in got) == len(away.requests)
+
+
+async def test_while_an_outage_lasts_no_call_tries_again_by_itself(router: respx.MockRouter) -> None:
+    away = Away(httpx.Response(503), first=1, last=40)
+    router.route().mock(side_effect=away)
+    reasons: list[int] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, AttemptFinished):
+            reasons.append(event.number)
+
+    policy = RetryPolicy(attempts=3, backoff_initial=1e-9, backoff_max=1e-9)
+    async with make(observer=observe, retry=policy) as client, client.bulk(PATHS, workers=3) as outcomes:
+        async for outcome in outcomes:
+            outcome.unwrap()
+    assert reasons.count(2) <= 3
+    assert reasons.count(3) <= 3
+    assert reasons.count(1) >= 34  # probes make one attempt each
+
+
+async def test_what_fails_for_want_of_budget_only_is_held(router: respx.MockRouter) -> None:
+    away = Away(httpx.Response(500), first=1, last=60)
+    router.route().mock(side_effect=away)
+    async with make() as client:
+        client._corridor.identity.budget.withdraw(60)
+        async with client.bulk(PATHS, workers=5) as outcomes:
+            assert all([outcome.ok async for outcome in outcomes])
+
+
+@pytest.mark.parametrize("fail", [httpx.Response(500), httpx.Response(501), httpx.Response(404)], ids=str)
+async def test_an_answer_that_is_final_is_an_outcome(router: respx.MockRouter, fail: httpx.Response) -> None:
+    router.route().mock(side_effect=Away(fail))
+    async with make() as client, client.bulk(PATHS, workers=5) as outcomes:
+        got = [outcome async for outcome in outcomes]
+    assert len(got) == len(PATHS)
+    assert not all(outcome.ok for outcome in got)
+
+
+async def test_what_is_wrong_with_an_answer_after_an_outage_is_the_items_own(router: respx.MockRouter) -> None:
+    router.get("/api/x").mock(side_effect=[httpx.Response(503), httpx.Response(200, text="[")])
+    async with make() as client, client.bulk(["/api/x"], into=list[int]) as outcomes:
+        (outcome,) = [outcome async for outcome in outcomes]
+    assert isinstance(outcome.error, ResponseDecodeError)
+    assert outcome.attempts == 2
+
+
+async def test_a_post_that_may_have_been_processed_is_settled_as_it_is_and_a_refused_one_is_held(
+    router: respx.MockRouter,
+) -> None:
+    away = Away(httpx.Response(503), first=1, last=1)
+    router.route().mock(side_effect=away)
+
+    async def create(path: str) -> httpx.Response:
+        return await client.post(path, json={})
+
+    async with make() as client:
+        async with client.bulk(PATHS[:3], create, workers=1) as outcomes:
+            errors = [outcome.error async for outcome in outcomes]
+        assert isinstance(errors[0], ServerError)
+        assert errors[0].maybe_processed
+        assert errors[1:] == [None, None]
+        assert len(away.requests) == 3
+        router.route().mock(side_effect=Away(httpx.ConnectError, first=2, last=30))
+        async with client.bulk(PATHS, create, workers=3) as outcomes:
+            assert all([outcome.ok async for outcome in outcomes])
+
+
+async def test_an_item_whose_first_step_was_taken_is_not_begun_again(router: respx.MockRouter) -> None:
+    posted = router.post("/api/orders").respond(201)
+    router.get("/api/orders/1").respond(503)
+
+    async def order(number: int) -> httpx.Response:
+        await client.post("/api/orders", json={"number": number})
+        return await client.get("/api/orders/1")
+
+    async with make() as client, client.bulk([1], order) as outcomes:
+        (outcome,) = [outcome async for outcome in outcomes]
+    assert isinstance(outcome.error, ServerError)
+    assert posted.call_count == 1
+
+
+async def test_a_deadline_that_passes_while_nothing_comes_is_an_outage(router: respx.MockRouter) -> None:
+    asked = 0
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        if asked < 4:
+            await anyio.sleep(1)
+        return httpx.Response(200)
+
+    router.route().mock(side_effect=answer)
+    async with make(deadline=0.005) as client:
+        with pytest.raises(DeadlineExceededError):
+            await client.get("/api/x")
+        async with client.bulk(["/api/x"]) as outcomes:
+            (outcome,) = [outcome async for outcome in outcomes]
+    assert outcome.ok
+
+
+async def test_a_429_that_asks_for_too_long_burns_no_items(router: respx.MockRouter) -> None:
+    away = Away(httpx.Response(429, headers={"Retry-After": "86400"}), first=3, last=10**6)
+    router.route().mock(side_effect=away)
+    async with make() as client, client.bulk(PATHS, workers=2) as outcomes:
+        got = [outcome async for outcome in outcomes]
+    assert sum(outcome.ok for outcome in got) == 2
+    assert all(isinstance(outcome.error, RateLimitError) for outcome in got if not outcome.ok)
+    assert len(away.requests) <= 5
+    assert outcomes.stopped is not None
+    assert "left alone" in outcomes.stopped
+
+
+# Tokens
+
+
+async def test_static_tokens_that_lapse_end_a_bulk_with_one_clear_error(router: respx.MockRouter) -> None:
+    away = Away(httpx.Response(401), first=10, last=10**6)
+    router.route().mock(side_effect=away)
+    pulled = 0
+
+    def paths() -> Iterator[str]:
+        nonlocal pulled
+        for number in range(10_000):
+            pulled += 1
+            yield f"/api/{number}"
+
+    got: list[Outcome[str, httpx.Response]] = []
+
+    async def run() -> None:
+        async with make() as client, client.bulk(paths(), workers=5) as outcomes:
+            async for outcome in outcomes:
+                got.append(outcome)
+
+    with pytest.raises(AuthenticationError, match="create or regenerate"):
+        await run()
+    assert sum(outcome.ok for outcome in got) == 9
+    assert len(got) <= 9 + 5
+    assert pulled <= 25
+
+
+async def test_a_rotating_source_loses_no_item(router: respx.MockRouter) -> None:
+    current = ["pair-0"]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        served = len(router.calls)
+        if served % 40 == 39:
+            current[0] = f"pair-{served}"
+        return httpx.Response(200 if request.headers["Token1"] == current[0] else 401)
+
+    router.route().mock(side_effect=answer)
+    client = make(token1=None, token2=None, tokens=lambda: TokenPair(current[0], "secondary"))
+    async with client, client.bulk([f"/api/{number}" for number in range(150)], workers=5) as outcomes:
+        assert all([outcome.ok async for outcome in outcomes])
+
+
+async def test_a_source_that_has_trouble_for_a_while_loses_no_item(
+    router: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layer_async._auth.SETBACK_SECONDS", 0.001)
+    asked = 0
+
+    async def source() -> TokenPair:
+        nonlocal asked
+        asked += 1
+        if asked < 4:
+            raise OSError("the vault is sealed")
+        return TokenPair("primary", "secondary")
+
+    router.route().respond(200)
+    async with make(token1=None, token2=None, tokens=source) as client, client.bulk(PATHS, workers=5) as outcomes:
+        assert all([outcome.ok async for outcome in outcomes])
+
+
+async def test_a_source_that_is_no_source_is_every_items_own_error(router: respx.MockRouter) -> None:
+    async def source() -> Any:
+        return "a pair"
+
+    router.route().respond(200)
+    client = make(token1=None, token2=None, tokens=source)
+    async with client, client.bulk(PATHS[:2], workers=1) as outcomes:
+        errors = [type(outcome.error).__name__ async for outcome in outcomes]
+    assert errors == ["ConfigurationError"] * 2
+
+
+# A task that an item's call began
+
+
+async def test_a_task_that_outlives_its_item_is_not_patient_and_counts_for_nobody(router: respx.MockRouter) -> None:
+    router.get("/api/late").respond(429)
+    router.get("/api/x").respond(200)
+    left = anyio.Event()
+    met: list[Exception] = []
+    records: list[ItemRecord | None] = []
+
+    async def late() -> None:
+        await left.wait()
+        try:
+            await client.get("/api/late")
+        except RateLimitError as exc:
+            met.append(exc)
+
+    async with make() as client, anyio.create_task_group() as group:
+
+        async def call(path: str) -> httpx.Response:
+            records.append(current_item.get())
+            group.start_soon(late)
+            return await client.get(path)
+
+        async with client.bulk(["/api/x"], call) as outcomes:
+            (outcome,) = [outcome async for outcome in outcomes]
+        left.set()
+    assert len(met) == 1
+    assert outcome.attempts == 1
+    assert records[0] is not None
+    assert records[0].attempts == 1
+
+
+async def test_timeouts_of_a_call_in_a_bulk_are_typed_as_ever(router: respx.MockRouter) -> None:
+    router.route().mock(side_effect=httpx.ReadTimeout)
+    async with make() as client, client.bulk(PATHS[:1], outage_timeout=None) as outcomes:
+        (outcome,) = [outcome async for outcome in outcomes]
+    assert isinstance(outcome.error, APITimeoutError)
