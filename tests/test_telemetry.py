@@ -16,6 +16,7 @@ from layer_async._telemetry import (
     GateShut,
     LoggingObserver,
     OpenTelemetryObserver,
+    PaceChanged,
     RetryScheduled,
     TokensRefreshed,
     notify,
@@ -37,6 +38,7 @@ def test_the_logging_observer_says_each_event_in_a_line_at_its_level(caplog: pyt
     log(AttemptFinished(REQUEST, 2, None, "ReadError", 0.5, reused=None))
     log(RetryScheduled(REQUEST, 1, "503", 0.25))
     log(GateShut(2.0))
+    log(PaceChanged(42.123))
     log(TokensRefreshed(2))
     log(CallFinished(REQUEST, 200, None, 2, 1.0))
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
@@ -44,6 +46,7 @@ def test_the_logging_observer_says_each_event_in_a_line_at_its_level(caplog: pyt
         ("DEBUG", "GET https://host.invalid/x: attempt 2: ReadError in 0.500 s"),
         ("WARNING", "GET https://host.invalid/x: attempt 1 met 503, next in 0.25 s"),
         ("WARNING", "the server said slow down: all attempts wait for 2.00 s"),
+        ("INFO", "the quota seems to allow 42.1 attempts a second"),
         ("INFO", "new tokens, generation 2"),
         ("DEBUG", "GET https://host.invalid/x: 200 after 2 attempts in 1.000 s"),
     ]
@@ -56,6 +59,7 @@ def test_the_opentelemetry_observer_counts_each_event_and_names_no_url() -> None
     observe(RetryScheduled(REQUEST, 1, "503", 0.25))
     observe(AttemptFinished(REQUEST, 2, None, "ReadError", 0.5, reused=None))
     observe(GateShut(2.0))
+    observe(PaceChanged(42.0))
     observe(TokensRefreshed(2))
     observe(CallFinished(REQUEST, 200, None, 2, 1.0))
     data = reader.get_metrics_data()
@@ -65,6 +69,7 @@ def test_the_opentelemetry_observer_counts_each_event_and_names_no_url() -> None
         "layer.attempts",
         "layer.call.duration",
         "layer.gate.shut",
+        "layer.pace",
         "layer.retries",
         "layer.token.refreshes",
     }
