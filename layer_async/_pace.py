@@ -24,7 +24,7 @@ __all__ = ["Closure", "Limits", "Pace", "read_limits"]
 NEWS = 0.1
 """Answers that say "slow down" within so many seconds are one piece of news."""
 
-CUT, LEAST_CUT = 0.15, 0.04
+CUT, LEAST_CUT = 0.15, 0.03
 """By how much the measured rate is cut after a 429: by less, the longer it went well before."""
 
 SOON = 1.5  # seconds; a 429 that comes later than that is no sign of a pace far too high

@@ -467,6 +467,9 @@ def test_no_answer_shuts_the_gate_for_more_than_an_hour() -> None:
     gate = Gate(Pacing(), clock=Clock())
     gate.slow_down(86_400.0)
     assert gate.opens_in == PATIENCE == 3600
+    gate = Gate(Pacing(), clock=Clock())
+    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "86400"}))
+    assert gate.opens_in == PATIENCE
 
 
 def test_a_429_that_names_no_time_shuts_the_gate_for_a_moment_once_for_all_that_were_under_way() -> None:
