@@ -1103,20 +1103,20 @@ async def test_settled_items_are_passed_over_and_counted_and_failed_ones_are_set
 async def test_passing_over_a_million_settled_items_lets_others_have_their_turn() -> None:
     journal = Keys()
     journal.is_settled = lambda key: True  # type: ignore[method-assign]
-    turns = 0
+    seen, most = 0, 0
 
     async def other() -> None:
-        nonlocal turns
+        nonlocal seen, most
         while True:
             await checkpoint()
-            turns += 1
+            seen, most = len(journal.seen), max(most, len(journal.seen) - seen)
 
     async with anyio.create_task_group() as group:
         group.start_soon(other)
         async with Bulk(range(1000), double, workers=2, journal=journal) as outcomes:
             assert [outcome async for outcome in outcomes] == []
         group.cancel_scope.cancel()
-    assert turns >= 10
+    assert 0 < most <= 200
 
 
 async def test_a_drain_ends_the_passing_over_too() -> None:
@@ -1125,6 +1125,10 @@ async def test_a_drain_ends_the_passing_over_too() -> None:
     async with Bulk(itertools.count(), double, workers=2, journal=journal) as outcomes:
         await rest()
         outcomes.drain()
+        await rest()
+        seen = len(journal.seen)
+        await rest()
+        assert len(journal.seen) == seen
         assert [outcome async for outcome in outcomes] == []
     assert outcomes.progress.skipped > 0
 
@@ -1270,7 +1274,7 @@ async def test_a_bulk_that_is_told_to_stop_delivers_what_it_has_begun_and_pulls_
     assert sorted(got) == list(range(numbers.pulled))
     assert numbers.pulled < 40
     assert outcomes.stopped is not None
-    assert outcomes.progress.failed >= 3
+    assert outcomes.progress.failed >= 2
     assert living() == before
 
 
