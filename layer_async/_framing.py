@@ -206,16 +206,17 @@ class AnswerReader:
         self._head_bytes += len(part)
         if self._head_bytes > HEAD_BYTES:
             raise httpcore.RemoteProtocolError(f"the head of the answer is longer than {HEAD_BYTES} bytes")
+        problem = None
         try:
             self._parser.feed_data(part)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
-            if not head.is_complete:
-                raise httpcore.RemoteProtocolError(f"the answer is not HTTP/1.1: {exc}") from None
+            problem = exc
+        is_at_end = end >= 0
+        if head.is_complete is not is_at_end or (problem and not is_at_end):
+            raise httpcore.RemoteProtocolError(f"the answer is not HTTP/1.1: {problem or 'where does its head end?'}")
         if len(head.fields) > HEAD_FIELDS:
             raise httpcore.RemoteProtocolError(f"the answer has more than {HEAD_FIELDS} fields")
-        if end >= 0:
-            if not head.is_complete:
-                raise httpcore.RemoteProtocolError("the head of the answer does not end where it should")
+        if is_at_end:
             self._tail = b""
             self._on_head()
         return rest

@@ -161,12 +161,12 @@ class _TLS:
 
     def encrypt(self, data: bytes | memoryview) -> bytes:
         """The records that carry `data`. Raises `ssl.SSLError`."""
-        taken = self.object.write(data)
-        if taken == len(data):
+        if len(data) <= RECORD:
+            self.object.write(data)
             return self.outgoing.read()
-        rest, out = memoryview(data)[taken:], [self.outgoing.read()]
+        rest, out = memoryview(data), list[bytes]()
         while rest:
-            rest = rest[self.object.write(rest) :]
+            rest = rest[self.object.write(rest[:RECORD]) :]
             out.append(self.outgoing.read())
         return b"".join(out)
 
