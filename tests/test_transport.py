@@ -906,7 +906,7 @@ async def test_on_asyncio_the_connections_are_of_our_own_making(
             assert stream.get_extra_info("server_addr") == ("127.0.0.1", server.port)
     # Without the names that asyncio would have, none can be of ours.
     monkeypatch.delitem(sys.modules, "asyncio")
-    assert not transport._pool._is_wired(httpcore.Request("GET", "http://origin.invalid"))
+    assert not transport._pool.is_wired(b"http", {})
 
 
 @pytest.mark.parametrize(
