@@ -175,16 +175,15 @@ class PoolAdapter:
         """Send `request` on a slot of the pool."""
         if request.url.scheme not in SCHEMES:
             raise httpcore.UnsupportedProtocol("the URL is neither http:// nor https://")
-        record, url = ExchangeRecord.of(request), request.url
+        record, origin = ExchangeRecord.of(request), request.url.origin  # no local variable shows a query
         slot = await self.slot(record, request.extensions)
         try:
-            port = url.port or SCHEMES[url.scheme]
-            if self.is_wired(url.scheme, request.extensions):
-                answer = self.wired(slot, record, url.scheme, url.host, port, request.extensions)
+            if self.is_wired(origin.scheme, request.extensions):
+                answer = self.wired(slot, record, origin.scheme, origin.host, origin.port, request.extensions)
                 response = await answer.handle(request, record)
                 response.stream = _AnswerStream(response.stream, answer, slot, record)
             else:
-                connection = self._portable(slot, record, url, port, request.extensions)
+                connection = self._portable(slot, record, origin, request.extensions)
                 response = await connection.handle(request, record)
                 response.stream = _ResponseStream(response.stream, connection, slot, record)
         except BaseException as exc:
@@ -223,16 +222,16 @@ class PoolAdapter:
         return slot.take((self, scheme, host, port, name), connect, fresh=record.fresh)
 
     def _portable(
-        self, slot: Slot, record: ExchangeRecord, url: httpcore.URL, port: int, extensions: Mapping[str, Any]
+        self, slot: Slot, record: ExchangeRecord, origin: httpcore.Origin, extensions: Mapping[str, Any]
     ) -> PortableConnection:
         name = extensions.get("sni_hostname")
         record.begin_attempt()
 
         def connect() -> PortableConnection:
-            layers = self._proxy_layers + (url.scheme in (b"https", b"wss"))
-            return PortableConnection(self._factory, url.origin, tls_layers=layers)
+            layers = self._proxy_layers + (origin.scheme in (b"https", b"wss"))
+            return PortableConnection(self._factory, origin, tls_layers=layers)
 
-        return slot.take((None, self, url.scheme, url.host, port, name), connect, fresh=record.fresh)
+        return slot.take((None, self, origin.scheme, origin.host, origin.port, name), connect, fresh=record.fresh)
 
     def is_wired(self, scheme: bytes, extensions: Mapping[str, Any]) -> bool:
         """Whether nothing is lost by a connection of our own making: on asyncio, where no tool looks at httpcore's."""

@@ -556,15 +556,13 @@ class WireConnection:
 
     async def _send_bytes(self, view: memoryview, timeout: float | None) -> None:
         """Send a large body, slice by slice."""
-        if self._outbox:
-            await self._drain(timeout)
+        await self._drain(timeout)
         for count, start in enumerate(range(0, len(view), SLICE)):
             if self._is_refused():
                 return
             self._push(view[start : start + SLICE])
-            if self._outbox:
-                await self._drain(timeout)
-            elif count % FAIR_SHARE == FAIR_SHARE - 1:
+            await self._drain(timeout)
+            if count % FAIR_SHARE == FAIR_SHARE - 1:
                 await asyncio.sleep(0)
         self._is_sent = not (self._is_refused() or self._outbox)
 
@@ -574,8 +572,7 @@ class WireConnection:
         is_at_end = False
         left, count = length, 0
         try:
-            if self._outbox:
-                await self._drain(timeout)
+            await self._drain(timeout)
             while not self._is_refused():
                 try:
                     view = memoryview(await iterator.__anext__())
@@ -587,20 +584,18 @@ class WireConnection:
                     if left < 0:
                         raise httpcore.LocalProtocolError("the body is longer than Content-Length says")
                 for start in range(0, len(view), SLICE):
-                    if self._is_refused():
-                        break
                     part = view[start : start + SLICE]
                     self._push(chunk(part) if length == CHUNKS else part)
+                    await self._drain(timeout)
+                    if self._is_refused():
+                        break
                     count += 1
-                    if self._outbox:
-                        await self._drain(timeout)
-                    elif count % FAIR_SHARE == 0:
+                    if count % FAIR_SHARE == 0:
                         await asyncio.sleep(0)
             if is_at_end and not self._is_refused():
                 if length == CHUNKS:
                     self._push(b"0\r\n\r\n")
-                    if self._outbox:
-                        await self._drain(timeout)
+                    await self._drain(timeout)
                 elif left:
                     raise httpcore.LocalProtocolError("the body is shorter than Content-Length says")
                 self._is_sent = not (self._is_refused() or self._outbox)
@@ -685,21 +680,19 @@ class WireConnection:
         self._expires = self._loop.time() + (self._timeout or 0.0)
         if not self._outbox:
             self._loop.remove_writer(self._fd)
-            if self._wants == DRAINED:
-                self._wake()
+            self._wake()
 
     def _break_write(self) -> None:
         """Nothing more can be written; the server may have said why, so it is read on (RFC 9112 section 9.5)."""
         self._is_write_broken = True
         self._outbox = b""
         self._loop.remove_writer(self._fd)
-        if self._wants == DRAINED:
-            self._wake()
+        self._wake()
 
     # Waiting
 
     async def _wait(self, wants: int, timeout: float | None) -> None:
-        """Wait once, until something of what is wanted may be there."""
+        """Wait once; whoever waits looks then whether what it wants is there."""
         if self._is_closed:
             raise httpcore.ReadError("closed on this side")
         if self._waiter is not None:
@@ -796,8 +789,6 @@ class WireConnection:
         for part in (data,) if lower is None else lower.decrypt(data):
             for plain in tls.decrypt(part):
                 self._feed(plain)
-                if self._sock is None:
-                    return
         if tls.outgoing.pending:  # what TLS has to say by itself
             records = tls.outgoing.read()
             self._emit(records if lower is None else lower.encrypt(records))

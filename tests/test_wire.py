@@ -482,7 +482,11 @@ def take_nothing(ex: Exchange) -> None:
     ex.server.stopped.wait(5)
 
 
-BODIES: list[Callable[[], bytes | AsyncIterator[bytes]]] = [lambda: b"x" * 64_000_000, endless]
+async def all_at_once() -> AsyncIterator[bytes]:
+    yield b"x" * 64_000_000
+
+
+BODIES: list[Callable[[], bytes | AsyncIterator[bytes]]] = [lambda: b"x" * 64_000_000, endless, all_at_once]
 
 
 @pytest.mark.parametrize("make", BODIES)
@@ -499,7 +503,7 @@ async def test_a_refusal_in_the_middle_of_an_upload_is_delivered_at_once(
     server.behaviours["refuse-early"] = refuse
     record = ExchangeRecord()
     headers = [(b"Content-Length", b"64000000")]
-    with connection_to(server) as connection, anyio.fail_after(5):
+    with connection_to(server) as connection, anyio.fail_after(10):
         answer = await exchange(connection, "/refuse-early", method="PUT", body=make(), headers=headers, record=record)
         assert (answer.status, answer.body) == (int(code[:3]), b"no")
         assert not connection.is_reusable()
@@ -958,9 +962,12 @@ def test_closing_after_the_loop_or_in_another_process_touches_the_descriptor_onl
         os.fstat(connection._fd)
 
 
-async def test_a_connection_that_is_lost_is_closed_by_the_collector_with_a_warning(server: FaultServer) -> None:
+@pytest.mark.parametrize("timeout", [{"read": 10.0}, {}])
+async def test_a_connection_that_is_lost_is_closed_by_the_collector_with_a_warning(
+    server: FaultServer, timeout: dict[str, float | None]
+) -> None:
     connection = WireConnection("127.0.0.1", server.port, tls=client_context() if server.tls else None)
-    await call(connection, "/ok", timeout={"read": 10.0})
+    await call(connection, "/ok", timeout=timeout)
     number = connection._fd
     with pytest.warns(ResourceWarning, match="unclosed <WireConnection"):
         del connection
@@ -988,7 +995,17 @@ async def test_events_for_a_connection_that_is_gone_are_nothing(server: FaultSer
     connection = WireConnection("127.0.0.1", server.port, tls=client_context() if server.tls else None)
     await call(connection, "/ok")
     reference = connection._ref
+    connection._outbox = b"x"
+    connection._emit(b"y")
+    assert connection._outbox == b"xy"
+    sock, connection._sock = connection._sock, Moody(connection._sock, [])  # type: ignore[assignment, arg-type]
+    connection._sock.send = lambda data: 1  # type: ignore[union-attr, method-assign]
+    connection._on_writable()
+    assert connection._outbox == b"y"
+    connection._sock = sock
     connection.close()
+    with pytest.raises(httpcore.ReadError, match="closed on this side"):
+        await connection._wait(0, None)
     connection._on_readable()
     connection._on_writable()
     connection._emit(b"x")
@@ -1107,23 +1124,24 @@ async def test_a_cancel_at_every_step_closes_the_connection_and_loses_nothing(
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read in /proc")
 @pytest.mark.promise
-async def test_a_tls_connection_costs_less_than_100_kib(report: list[str]) -> None:
+async def test_a_tls_connection_costs_less_than_100_kib(full: bool, report: list[str]) -> None:
     """With the origin in another process; every connection has read 200 KB, so that its buffers have grown."""
 
     def resident() -> int:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+    count = 1000 if full else 200
     with running_origin(tls=True, latency=0, size=200_000) as origin:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=origin.authority)
-        connections = [WireConnection("127.0.0.1", origin.port, tls=context) for _ in range(220)]
+        connections = [WireConnection("127.0.0.1", origin.port, tls=context) for _ in range(count + 20)]
         for connection in connections[:20]:
             assert len(await call(connection, "/api")) == 200_000
         before = resident()
         for connection in connections[20:]:
             await call(connection, "/api")
-        each = (resident() - before) / 200
+        each = (resident() - before) / count
         for connection in connections:
             connection.close()
     report.append(f"{each / 1024:.0f} KiB each")
