@@ -193,13 +193,14 @@ async def test_a_deadline_that_passes_while_nothing_comes_is_an_outage(router: r
 async def test_a_429_that_asks_for_too_long_burns_no_items(router: respx.MockRouter) -> None:
     away = Away(httpx.Response(429, headers={"Retry-After": "86400"}), first=3, last=10**6)
     router.route().mock(side_effect=away)
-    async with make() as client, client.bulk(PATHS, workers=2) as outcomes:
-        got = [outcome async for outcome in outcomes]
-    assert sum(outcome.ok for outcome in got) == 2
-    assert all(isinstance(outcome.error, RateLimitError) for outcome in got if not outcome.ok)
+    got: list[Outcome[str, httpx.Response]] = []
+    async with make() as client:
+        with anyio.move_on_after(0.01):
+            async with client.bulk(PATHS, workers=2) as outcomes:
+                async for outcome in outcomes:
+                    got.append(outcome)
+    assert [outcome.ok for outcome in got] == [True, True]  # all others wait at the gate
     assert len(away.requests) <= 5
-    assert outcomes.stopped is not None
-    assert "left alone" in outcomes.stopped
 
 
 # Tokens
