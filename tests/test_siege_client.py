@@ -194,7 +194,7 @@ async def test_thousands_of_calls_at_once_do_not_stall_the_loop_or_open_more_con
                 cost[total] = (time.process_time() - started) / total
                 assert client.pool.stats.opened <= 101
         stall["bare"] = await _longest_stall(_bare_tasks, many)
-    assert stall["calls"] <= stall["bare"] + (0.1 if full else 0.5)
+    assert stall["calls"] <= (4 * stall["bare"] if full else stall["bare"] + 0.5)
     if full:
         assert cost[many] <= 1.3 * cost[few]
     report.append(

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ async def test_no_call_gets_another_ones_body_under_resets_stray_bytes_and_cance
 # Cancels at every tick
 
 
-async def pieces(count: int) -> AsyncIterator[bytes]:
+async def pieces(count: int) -> AsyncGenerator[bytes, None]:
     for _ in range(count):
         yield b"x" * 50_000
         await anyio.lowlevel.checkpoint()
@@ -166,7 +166,8 @@ async def one_request(client: AsyncLayerClient) -> None:
 
 
 async def upload(client: AsyncLayerClient) -> None:
-    await client.put("/echo", content=pieces(20))
+    async with aclosing(pieces(20)) as generator:  # the caller's own, hence the caller's to close
+        await client.put("/echo", content=generator)
 
 
 async def download(client: AsyncLayerClient) -> None:
@@ -268,7 +269,7 @@ async def test_an_early_refusal_of_an_upload_is_delivered_and_its_connection_not
             async with make(server.url, 2) as client:
                 for number in range(rounds):
                     opened = client.pool.stats.opened
-                    async with aclosing(blocks()) as generator:  # the caller's own, hence the caller's to close
+                    async with aclosing(blocks()) as generator:
                         content = block * (size // len(block)) if source == "bytes" else generator
                         with anyio.fail_after(30), pytest.raises(APIStatusError) as caught:
                             await client.put("/refuse-early/1", content=content)
