@@ -34,6 +34,7 @@ from ._errors import (
     ServerError,
     UnprocessableEntityError,
 )
+from ._journal import Journal
 from ._options import BodyOptions, CallOptions, ViewOptions
 from ._outcomes import Outcome, Outcomes, SettledKeys
 from ._pacing import Pacing
@@ -85,6 +86,7 @@ __all__ = [
     "DualTokenAuth",
     "Event",
     "GateShut",
+    "Journal",
     "LayerError",
     "LayerTransport",
     "LinkHeader",

@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "_outage": set(),
     "_progress": {"_errors"},
     "_outcomes": {"_errors", "_progress"},
-    "_bulk": {"_errors", "_outage", "_outcomes", "_progress"},
+    "_journal": {"_errors"},
+    "_bulk": {"_errors", "_journal", "_outage", "_outcomes", "_progress"},
     "_options": {"_errors", "_pacing", "_retry", "_tokens"},
     "_call": {
         "_auth",
@@ -90,6 +91,7 @@ ALLOWED: dict[str, set[str]] = {
         "_client",
         "_codec",
         "_errors",
+        "_journal",
         "_options",
         "_pages",
         "_paging",
