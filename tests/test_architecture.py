@@ -106,7 +106,13 @@ ALLOWED: dict[str, set[str]] = {
         "_version",
     },
     "demo": {DOOR, "sandbox"},
-    "cli": {DOOR, "demo", "sandbox"},
+    "cli._files": {DOOR},
+    "cli._progress": {DOOR, "cli._files"},
+    "cli._get": {DOOR, "cli._files"},
+    "cli._fetch": {DOOR, "cli._files", "cli._get", "cli._progress"},
+    "cli._sandbox": {DOOR, "sandbox"},
+    "cli._demo": {DOOR, "cli._files", "cli._progress", "demo", "sandbox"},
+    "cli": {DOOR, "cli._demo", "cli._fetch", "cli._files", "cli._get", "cli._sandbox"},
     "__main__": {"cli"},
     "fastapi": {DOOR},
     "testing": {DOOR, "sandbox"},
@@ -114,25 +120,38 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 
+def file_of(room: str) -> pathlib.Path:
+    place = PACKAGE.joinpath(*room.split("."))
+    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+
+
+def is_room(name: str) -> bool:
+    return file_of(name).exists()
+
+
 def imports_of_ours(room: str) -> set[str]:
     """The rooms that `room` imports, wherever in the file it does."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("layer_async")):
-            module = (node.module or "").removeprefix("layer_async").lstrip(".")
-            if module:
-                found.add(module)
-            else:
-                found |= {name.name if (PACKAGE / f"{name.name}.py").exists() else DOOR for name in node.names}
+    home = ["layer_async", *room.split(".")][: None if PACKAGE.joinpath(*room.split(".")).is_dir() else -1]
+    for node in ast.walk(ast.parse(file_of(room).read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = home[: len(home) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            found |= {
-                name.name.partition(".")[2] or DOOR for name in node.names if name.name.split(".")[0] == "layer_async"
-            }
+            module, names = "", [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "layer_async":
+                inner = [part.removeprefix("layer_async").lstrip(".") or DOOR for part in (name, module) if part]
+                found.add(next((part for part in inner if is_room(part)), inner[-1]))
     return found
 
 
 def rooms() -> list[str]:
-    return sorted(path.stem for path in PACKAGE.rglob("*.py"))
+    parts = (path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py"))
+    return sorted(".".join(part[:-1] if part[-1] == DOOR and part[:-1] else part) for part in parts)
 
 
 def test_the_rooms_are_those_of_the_table() -> None:
@@ -157,7 +176,7 @@ def test_no_arrow_points_back_up() -> None:
 
 @pytest.mark.parametrize("room", rooms())
 def test_a_room_opens_by_saying_what_it_owns(room: str) -> None:
-    assert ast.get_docstring(ast.parse((PACKAGE / f"{room}.py").read_text()))
+    assert ast.get_docstring(ast.parse(file_of(room).read_text()))
 
 
 def test_the_door_shows_public_names_and_each_has_a_docstring() -> None:
@@ -202,7 +221,7 @@ def test_importing_the_package_leaves_the_extras_alone() -> None:
     for extra in ("cattrs", "cyclopts", "rich", "fastapi", "keyring", "opentelemetry", "starlette", "uvicorn"):
         for room in rooms():
             if room.startswith("_") and room != "__main__":
-                tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+                tree = ast.parse(file_of(room).read_text())
                 for node in tree.body:
                     names = (
                         [alias.name for alias in node.names]

@@ -43,6 +43,9 @@ from layer_async import (
     cli,
 )
 from layer_async.__main__ import main
+from layer_async.cli import _fetch as fetching
+from layer_async.cli import _files as files
+from layer_async.cli import _progress as progress
 from layer_async.sandbox import Faults, Sandbox, document, serve
 
 TOKENS = ("first-secret-of-the-tests", "second-secret-of-the-tests")
@@ -401,24 +404,24 @@ def test_refused_tokens_end_the_run_instead_of_failing_each_item(layer: Layer, m
     monkeypatch.setenv("LAYER_TOKEN1", "a-lapsed-secret")
     ran = layer("fetch", paths(*customers(300)), "--out", "out")
     assert ran.code == 1
-    assert ran.err.count("\n") == cli.REFUSALS + 2
-    assert f"0 fetched, {cli.REFUSALS} failed" in ran.err
+    assert ran.err.count("\n") == fetching.REFUSALS + 2
+    assert f"0 fetched, {fetching.REFUSALS} failed" in ran.err
     assert "Token1 may have lapsed" in ran.err.splitlines()[-1]
     assert not Path("out").exists()
 
 
 def test_a_success_between_refusals_keeps_the_run_going() -> None:
     refusal = AuthenticationError("refused", status_code=401)
-    kinds = [*[refusal] * (cli.REFUSALS - 1), None] * 3
+    kinds = [*[refusal] * (fetching.REFUSALS - 1), None] * 3
 
     async def outcomes() -> Any:
         for error in kinds:
             yield Outcome("/x", "/x", b"1" if error is None else None, error, 1, 0.0)
 
-    async def receive() -> cli.Tally:
-        tally = cli.Tally("fetched")
-        with cli.LineWriter.open("out") as output:
-            await cli.write_outcomes(outcomes(), output, tally)
+    async def receive() -> progress.Tally:
+        tally = progress.Tally("fetched")
+        with files.LineWriter.open("out") as output:
+            await fetching.write_outcomes(outcomes(), output, tally)
         return tally
 
     tally = anyio.run(receive)
@@ -430,8 +433,8 @@ def test_token_files_that_go_away_during_a_run_end_it() -> None:
         yield Outcome("/x", "/x", None, MissingTokensError("Token1 is missing."), 1, 0.0)
 
     async def receive() -> None:
-        with cli.LineWriter.open("out") as output:
-            await cli.write_outcomes(outcomes(), output, cli.Tally("fetched"))
+        with files.LineWriter.open("out") as output:
+            await fetching.write_outcomes(outcomes(), output, progress.Tally("fetched"))
 
     with pytest.raises(MissingTokensError):
         anyio.run(receive)
@@ -536,7 +539,7 @@ def test_retries_and_long_waits_are_told(layer: Layer, monkeypatch: pytest.Monke
 
 
 def test_a_tally_counts_what_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    tally = cli.Tally("fetched")
+    tally = progress.Tally("fetched")
     tally.observe(RetryScheduled(RequestInfo("GET", "http://h/x"), 1, "503", 0.5))
     tally.observe(TokensRefreshed(2))
     tally.observe(GateShut(1.0))
@@ -565,7 +568,7 @@ async def test_a_slow_reader_holds_up_no_other_task_and_loses_nothing() -> None:
             await anyio.lowlevel.checkpoint()
             received.extend(os.read(reader, 10_000))
 
-    output = cli.LineWriter("stdout", io.FileIO(writer, "wb"))
+    output = files.LineWriter("stdout", io.FileIO(writer, "wb"))
     with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             group.start_soon(read)
@@ -579,7 +582,7 @@ async def test_a_slow_reader_holds_up_no_other_task_and_loses_nothing() -> None:
 @pytest.mark.anyio
 async def test_a_cancelled_write_to_a_pipe_is_finished_or_not_begun() -> None:
     reader, writer = os.pipe()
-    output = cli.LineWriter("stdout", io.FileIO(writer, "wb"))
+    output = files.LineWriter("stdout", io.FileIO(writer, "wb"))
     with anyio.CancelScope() as scope:
         scope.cancel()
         await output.write(b"never begun")
@@ -600,16 +603,16 @@ async def test_a_cancelled_write_to_a_pipe_is_finished_or_not_begun() -> None:
 
 @pytest.mark.anyio
 async def test_a_line_that_does_not_fit_is_taken_back() -> None:
-    with cli.LineWriter.open("out") as output, files_limited_to(100):
+    with files.LineWriter.open("out") as output, files_limited_to(100):
         await output.write(b"a" * 59 + b"\n")
-        with pytest.raises(cli.OutputError, match="out cannot be written: File too large"):
+        with pytest.raises(files.OutputError, match="out cannot be written: File too large"):
             await output.write(b"b" * 59 + b"\n")
     assert Path("out").read_bytes() == b"a" * 59 + b"\n"
 
 
 def test_an_empty_file_that_went_away_by_itself_is_no_trouble() -> None:
     def interrupted() -> None:
-        with cli.LineWriter.open("out"):
+        with files.LineWriter.open("out"):
             os.unlink("out")
             raise KeyboardInterrupt
 
@@ -629,8 +632,8 @@ def test_without_a_terminal_there_is_a_plain_line_every_five_seconds_at_most(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     times = iter([100.0, 101.0, 104.9, 105.0, 105.0, 109.9, 111.0, 111.0])  # a line looks at the clock twice
-    tally = cli.Tally("fetched")
-    with cli.showing(tally, clock=lambda: next(times)):
+    tally = progress.Tally("fetched")
+    with progress.showing(tally, clock=lambda: next(times)):
         for _ in range(5):
             tally.count()
     assert capsys.readouterr().err == (
@@ -642,10 +645,10 @@ def test_on_a_terminal_there_is_a_bar_with_the_messages_above_it(monkeypatch: py
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    tally = cli.Tally("fetched", total=2)
-    with cli.showing(tally):
+    tally = progress.Tally("fetched", total=2)
+    with progress.showing(tally):
         tally.count()
-        cli.complain("a message")
+        files.complain("a message")
         tally.count()
     assert "2 fetched, 0 failed" in terminal.getvalue()
     assert "layer-async: a message" in terminal.getvalue()
@@ -657,8 +660,8 @@ def test_there_is_no_bar_where_it_would_be_in_the_way(monkeypatch: pytest.Monkey
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "dumb" if kind == "dumb" else "xterm")
-    tally = cli.Tally("fetched")
-    with cli.showing(tally, is_output_on_terminal=kind == "output"):
+    tally = progress.Tally("fetched")
+    with progress.showing(tally, is_output_on_terminal=kind == "output"):
         tally.count()
     assert terminal.getvalue() == ""
 
