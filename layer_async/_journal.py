@@ -33,7 +33,7 @@ __all__ = ["Journal"]
 APPLICATION_ID = 0x4C61794A
 VERSION = 1
 BATCH = 1000  # so many keys are committed at once,
-AGE = 1.0  # or, where fewer come, those of so many seconds
+AGE = 0.2  # or, where fewer come, those of so many seconds
 BACKLOG = 8 * BATCH  # where the disk is slower than the run, the run waits from here on
 # A statement settles so many keys: each statement gives up the interpreter's lock once, which a busy event loop is slow
 # to give back. Two parameters each, and old SQLites allow 999.

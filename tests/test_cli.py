@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import attrs
@@ -35,6 +35,7 @@ from layer_async import (
     LayerError,
     MissingTokensError,
     Outcome,
+    Progress,
     RequestInfo,
     RetryMiddleware,
     RetryScheduled,
@@ -46,6 +47,8 @@ from layer_async.__main__ import main
 from layer_async.cli import _fetch as fetching
 from layer_async.cli import _files as files
 from layer_async.cli import _progress as progress
+from layer_async.cli._items import Item
+from layer_async.cli._resume import Results
 from layer_async.sandbox import Faults, Sandbox, document, serve
 
 TOKENS = ("first-secret-of-the-tests", "second-secret-of-the-tests")
@@ -327,7 +330,7 @@ def test_failures_are_told_and_do_not_end_the_run(layer: Layer) -> None:
 
 def test_an_empty_list_makes_an_empty_file(layer: Layer) -> None:
     ran = layer("fetch", "/dev/null", "--out", "out")
-    assert ran == Ran(0, b"", "layer-async: 0 fetched, 0 failed, 0 retries.\n")
+    assert ran == Ran(0, b"", "layer-async: 0 fetched, 0 failed, 0 retries; out is empty.\n")
     assert Path("out").read_bytes() == b""
 
 
@@ -404,40 +407,56 @@ def test_refused_tokens_end_the_run_instead_of_failing_each_item(layer: Layer, m
     monkeypatch.setenv("LAYER_TOKEN1", "a-lapsed-secret")
     ran = layer("fetch", paths(*customers(300)), "--out", "out")
     assert ran.code == 1
-    assert ran.err.count("\n") == fetching.REFUSALS + 2
-    assert f"0 fetched, {fetching.REFUSALS} failed" in ran.err
-    assert "Token1 may have lapsed" in ran.err.splitlines()[-1]
+    assert ran.err.splitlines()[0] == "layer-async: 0 fetched, 0 failed, 0 retries."
+    assert "Token1 may have lapsed" in ran.err.splitlines()[1]
+    assert ran.err.count("\n") == 2
     assert not Path("out").exists()
 
 
-def test_a_success_between_refusals_keeps_the_run_going() -> None:
+def written(outcomes: Any, **options: Any) -> progress.Tally:
+    """What becomes of a run with these outcomes."""
+
+    async def write() -> None:
+        with files.LineWriter.open("out") as output:
+            await fetching.write_outcomes(outcomes, Results(output, None, None), tally, **options)
+
+    tally = progress.Tally("fetched")
+    anyio.run(write)
+    return tally
+
+
+def test_refusals_are_told_once_a_later_call_was_not_refused_or_the_run_has_ended(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    times = iter([10.0, 11.0, 12.0, 13.0, 14.0])
     refusal = AuthenticationError("refused", status_code=401)
-    kinds = [*[refusal] * (fetching.REFUSALS - 1), None] * 3
+    told: list[list[str]] = []
 
-    async def outcomes() -> Any:
-        for error in kinds:
-            yield Outcome("/x", "/x", b"1" if error is None else None, error, 1, 0.0)
+    def outcome(key: str, error: Exception | None = None, elapsed: float = 0.0) -> Outcome[str, Any, Item]:
+        told.append(capsys.readouterr().err.split())
+        return Outcome(Item("/x", "/x"), key, b"1\n" if error is None else None, error, 1, elapsed)
 
-    async def receive() -> progress.Tally:
-        tally = progress.Tally("fetched")
-        with files.LineWriter.open("out") as output:
-            await fetching.write_outcomes(outcomes(), output, tally)
-        return tally
+    async def given() -> Any:
+        yield outcome("/a", refusal)  # at 10
+        yield outcome("/b", refusal)  # at 11
+        yield outcome("/c", elapsed=2.5)  # at 12: began before both
+        yield outcome("/d", elapsed=2.5)  # at 13: began after the first
+        yield outcome("/e", refusal)  # at 14
+        told.append(capsys.readouterr().err.split())
 
-    tally = anyio.run(receive)
-    assert (tally.done, tally.failed) == (3, len(kinds) - 3)
+    tally = written(given(), clock=lambda: next(times))
+    assert (tally.done, tally.failed) == (2, 3)
+    assert told == [[], [], [], [], ["layer-async:", "/a:", "refused"], []]
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["/b:", "/e:"]
 
 
-def test_token_files_that_go_away_during_a_run_end_it() -> None:
-    async def outcomes() -> Any:
-        yield Outcome("/x", "/x", None, MissingTokensError("Token1 is missing."), 1, 0.0)
+@pytest.mark.parametrize("error", [MissingTokensError("Token1 is missing."), OSError("no disk")])
+def test_what_no_other_item_survives_ends_the_run(error: Exception) -> None:
+    async def given() -> Any:
+        yield Outcome(Item("/x", "/x"), "/x", None, error, 1, 0.0)
 
-    async def receive() -> None:
-        with files.LineWriter.open("out") as output:
-            await fetching.write_outcomes(outcomes(), output, progress.Tally("fetched"))
-
-    with pytest.raises(MissingTokensError):
-        anyio.run(receive)
+    with pytest.raises(type(error)):
+        written(given())
     assert not Path("out").exists()
 
 
@@ -631,13 +650,40 @@ class Terminal(io.StringIO):
 def test_without_a_terminal_there_is_a_plain_line_every_five_seconds_at_most(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    times = iter([100.0, 101.0, 104.9, 105.0, 105.0, 109.9, 111.0, 111.0])  # a line looks at the clock twice
+    times = iter([100.0, 101.0, 104.9, 105.0, 109.9, 111.0])
     tally = progress.Tally("fetched")
     with progress.showing(tally, clock=lambda: next(times)):
         for _ in range(5):
             tally.count()
     assert capsys.readouterr().err == (
         "layer-async: 3 fetched, 0 failed, 0 retries.\nlayer-async: 5 fetched, 0 failed, 0 retries.\n"
+    )
+
+
+@attrs.frozen
+class SomeOutcomes:
+    progress: Progress
+
+
+@attrs.frozen
+class HalfRead:
+    share: float | None = 0.5
+
+
+def test_a_live_line_tells_the_rate_and_what_is_left() -> None:
+    def live(lines: Any, **values: Any) -> str:
+        known = {"done": 0, "failed": 0, "skipped": 0, "held": 0, "rate": 0.0, "eta": None, "total": None}
+        tally = progress.Tally("fetched")
+        tally.outcomes = cast(Any, SomeOutcomes(Progress(**(known | values))))
+        tally.lines = lines
+        return tally.live()
+
+    nothing = "0 fetched, 0 failed, 0 retries"
+    assert live(None) == f"{nothing}, 0/s"
+    assert live(HalfRead(None), rate=20.0) == f"{nothing}, 20/s"
+    assert live(HalfRead(), done=1000, rate=20.0) == f"{nothing}, 20/s, ETA 0:00:50"
+    assert live(HalfRead(), done=1000, skipped=200, held=8) == (
+        f"{nothing}, 200 already there, 0/s, 8 held until the server is back"
     )
 
 
@@ -677,7 +723,7 @@ def test_a_real_terminal_shows_the_bar_and_then_the_summary() -> None:
     os.close(master)
     ran = Ran(process.wait(10), b"", shown.decode())
     assert ran.code == 0
-    assert "50/?" in ran.err
+    assert "━" in ran.err
     assert "layer-async: 50 fetched, 0 failed, 0 retries; the documents are in out." in ran.err
 
 

@@ -14,8 +14,9 @@ import io
 import os
 import stat
 import sys
-from collections.abc import AsyncIterator, Generator
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from functools import partial
+from typing import IO, Annotated, Any, Generic, TypeVar
 
 import anyio
 from cyclopts import Parameter
@@ -23,7 +24,10 @@ from cyclopts import Parameter
 from .. import ConfigurationError
 
 LINE_LIMIT = 64 * 1024
+CHUNK = 256 * 1024
 PIPE_BUF = 4096  # as much as a pipe that is ready takes without blocking
+
+T = TypeVar("T")
 
 
 class OutputError(Exception):
@@ -38,9 +42,9 @@ def complain(message: str) -> None:
             print(f"layer-async: {text}", file=sys.stderr, flush=True)
 
 
-def no_option(_: type, value: str) -> None:
+def no_option(_: object, value: str | None) -> None:
     """Refuse what looks like an option, which a file that may be called `-` could swallow."""
-    if value.startswith("-") and value != "-":
+    if value is not None and value.startswith("-") and value != "-":
         raise ValueError(f"{value} is neither an option of this command nor a file; call a file ./{value}.")
 
 
@@ -58,30 +62,53 @@ def reading(name: str) -> Generator[io.FileIO]:
         yield file
 
 
-async def read_lines(name: str, file: io.FileIO) -> AsyncIterator[str]:
-    """The lines of `file`, without blank ones and comments. What is not UTF-8 becomes surrogates."""
-    waits = can_be_awaited(file)
-    rest: bytes | None = b""
-    is_first = True
-    while rest is not None:
-        try:
-            if waits:
-                await anyio.wait_readable(file)
-            chunk = os.read(file.fileno(), LINE_LIMIT)
-        except OSError as exc:
-            raise ConfigurationError(f"{name} cannot be read: {exc.strerror}.") from exc
-        *lines, last = (rest + chunk).split(b"\n")
-        if not chunk:
-            lines, rest = [last], None
-        elif len(last) > LINE_LIMIT:
-            raise ConfigurationError(f"{name} has a line of more than {LINE_LIMIT} bytes: it is no list of paths.")
-        else:
-            rest = last
-        for line in lines:
-            text = line.removeprefix(codecs.BOM_UTF8 if is_first else b"").decode("utf-8", "surrogateescape").strip()
-            is_first = False
-            if text and not text.startswith("#"):
-                yield text
+class Lines(Generic[T]):
+    """What `parse` makes of the lines of `file`, and of their numbers, without blank ones and comments.
+
+    What is not UTF-8 becomes surrogates.
+    """
+
+    def __init__(self, name: str, file: io.FileIO, parse: Callable[[str, int], T]) -> None:
+        self._name = name
+        self._file = file
+        self._parse = parse
+        status = os.fstat(file.fileno())
+        self._size = status.st_size if stat.S_ISREG(status.st_mode) else 0
+        self._used = 0
+
+    @property
+    def share(self) -> float | None:
+        """How much of the file has been given away, from 0 to 1; None where nobody knows how long it is."""
+        return min(1.0, self._used / self._size) if self._size else None
+
+    async def read(self) -> AsyncGenerator[T]:
+        """Give them, one by one."""
+        waits = can_be_awaited(self._file)
+        rest: bytes | None = b""
+        number = 0
+        while rest is not None:
+            try:
+                if waits:
+                    await anyio.wait_readable(self._file)
+                chunk = os.read(self._file.fileno(), LINE_LIMIT)
+            except OSError as exc:
+                raise ConfigurationError(f"{self._name} cannot be read: {exc.strerror}.") from exc
+            *lines, last = (rest + chunk).split(b"\n")
+            if not chunk:
+                lines, rest = [last], None
+            elif len(last) > LINE_LIMIT:
+                raise ConfigurationError(
+                    f"{self._name} has a line of more than {LINE_LIMIT} bytes: it is no list of paths."
+                )
+            else:
+                rest = last
+            for line in lines:
+                number += 1
+                self._used += len(line) + 1
+                raw = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                text = raw.decode("utf-8", "surrogateescape").strip()
+                if text and not text.startswith("#"):
+                    yield self._parse(text, number)
 
 
 def standard(number: int, stream: Any) -> io.FileIO:
@@ -109,26 +136,41 @@ def writing(name: str) -> Generator[None]:
 
 
 class LineWriter:
-    """Writes whole lines to a file: one that does not fit on the disk is taken back."""
+    """Writes whole lines to a file: one that does not fit on the disk is taken back.
 
-    def __init__(self, name: str, file: io.FileIO) -> None:
+    `size` is how long the file is by that, or how much went to where there is no length.
+    """
+
+    def __init__(self, name: str, file: io.FileIO, size: int = 0) -> None:
         self.name = name
+        self.size = size
         self._file = file
         self._can_be_awaited = can_be_awaited(file)
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, name: str) -> Generator[LineWriter]:
+    def open(
+        cls, name: str, *, overwrite: bool = False, append: bool = False, at: int | None = None
+    ) -> Generator[LineWriter]:
         """A writer to a new file, or to stdout for `-`. Raises `OutputError`.
 
+        A file that exists is refused, unless it is to be overwritten, appended to, or cut back to so many bytes (`at`).
         An error that ends the run before anything was written leaves no file, so that the same command can be given
         again.
         """
         with writing("stdout" if name == "-" else name):
             is_device = os.path.exists(name) and not os.path.isfile(name)  # a pipe too: there is nothing to overwrite
-            file = standard(1, sys.stdout) if name == "-" else io.FileIO(name, "wb" if is_device else "xb")
+            if name == "-":
+                file = standard(1, sys.stdout)
+            elif at is None and not append:
+                file = io.FileIO(name, "wb" if is_device or overwrite else "xb")
+            else:
+                file = io.FileIO(os.open(name, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
+                at = os.fstat(file.fileno()).st_size if at is None else at
+                file.truncate(at)
+                file.seek(at)
         try:
-            yield cls("stdout" if name == "-" else name, file)
+            yield cls("stdout" if name == "-" else name, file, at or 0)
         except BaseException:
             if name != "-" and not is_device and os.fstat(file.fileno()).st_size == 0:
                 with contextlib.suppress(OSError):
@@ -138,30 +180,53 @@ class LineWriter:
             with writing(name):
                 file.close()
 
-    async def write(self, line: bytes) -> None:
-        """Write `line`, or nothing of it and raise `OutputError`."""
+    def sync(self) -> None:
+        """Wait until what was written is on the disk. Raises `OSError`."""
+        os.fsync(self._file.fileno())
+
+    async def write(self, lines: bytes | IO[bytes]) -> None:
+        """Write `lines`, or nothing of them and raise `OutputError`. A file is read from its start, and closed."""
+        if isinstance(lines, bytes):
+            await self._write([lines])
+        else:
+            with lines:
+                lines.seek(0)
+                await self._write(iter(partial(lines.read, CHUNK), b""))
+
+    def write_at_once(self, line: bytes) -> None:
+        """`write`, to a file."""
+        with writing(self.name):
+            self._write_to_file([line])
+
+    async def _write(self, chunks: Iterable[bytes]) -> None:
         with writing(self.name):
             if self._can_be_awaited:
-                await self._write_when_ready(line)
+                await self._write_when_ready(chunks)
             else:
-                self._write_at_once(line)
+                self._write_to_file(chunks)
 
-    def _write_at_once(self, line: bytes) -> None:
-        number, left = self._file.fileno(), memoryview(line)
+    def _write_to_file(self, chunks: Iterable[bytes]) -> None:
+        number, written = self._file.fileno(), 0
         try:
-            while left:
-                left = left[os.write(number, left) :]
+            for chunk in chunks:
+                left = memoryview(chunk)
+                while left:
+                    count = os.write(number, left)
+                    left = left[count:]
+                    written += count
         except OSError:
             with contextlib.suppress(OSError):  # devices have no size
-                os.ftruncate(number, os.fstat(number).st_size - (len(line) - len(left)))
+                os.ftruncate(number, os.fstat(number).st_size - written)
             raise
+        self.size += written
 
-    async def _write_when_ready(self, line: bytes) -> None:
+    async def _write_when_ready(self, chunks: Iterable[bytes]) -> None:
         await anyio.wait_writable(self._file)
-        left = memoryview(line)
         with anyio.CancelScope(shield=True):  # a pipe takes nothing back
-            while left:
-                with contextlib.suppress(BlockingIOError):
-                    left = left[os.write(self._file.fileno(), left[:PIPE_BUF]) :]
-                if left:
-                    await anyio.wait_writable(self._file)
+            for chunk in chunks:
+                left = memoryview(chunk)
+                while left:
+                    with contextlib.suppress(BlockingIOError):
+                        left = left[os.write(self._file.fileno(), left[:PIPE_BUF]) :]
+                    if left:
+                        await anyio.wait_writable(self._file)
