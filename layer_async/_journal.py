@@ -108,6 +108,8 @@ class Journal:
                 writer = opened.enter_context(contextlib.closing(_connect(self.path)))
                 _prepare(writer, self.path)
                 reader = opened.enter_context(contextlib.closing(_connect(self.path)))
+                for database in (writer, reader):
+                    database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
                 reader.execute("PRAGMA query_only = 1")
                 state = reader.execute("SELECT * FROM state").fetchone()
             except (sqlite3.Error, OSError) as exc:
@@ -373,9 +375,7 @@ def _settle_rows(writer: sqlite3.Connection, rows: list[tuple[bytes, bool]]) -> 
 def _connect(path: str | os.PathLike[str], timeout: float = 5.0) -> sqlite3.Connection:
     import sqlite3
 
-    database = sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
-    database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-    return database
+    return sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
 
 
 def _prepare(writer: sqlite3.Connection, path: Path) -> None:
