@@ -413,41 +413,38 @@ def test_refused_tokens_end_the_run_instead_of_failing_each_item(layer: Layer, m
     assert not Path("out").exists()
 
 
-def written(outcomes: Any, **options: Any) -> progress.Tally:
+def written(outcomes: Any) -> progress.Tally:
     """What becomes of a run with these outcomes."""
 
     async def write() -> None:
         with files.LineWriter.open("out") as output:
-            await fetching.write_outcomes(outcomes, Results(output, None, None), tally, **options)
+            await fetching.write_outcomes(outcomes, Results(output, None, None), tally)
 
     tally = progress.Tally("fetched")
     anyio.run(write)
     return tally
 
 
-def test_refusals_are_told_once_a_later_call_was_not_refused_or_the_run_has_ended(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("ends_by", [None, KeyError("other"), AuthenticationError("for good", status_code=401)])
+def test_refusals_are_told_at_the_end_but_where_it_comes_by_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, ends_by: Exception | None
 ) -> None:
-    times = iter([10.0, 11.0, 12.0, 13.0, 14.0])
+    monkeypatch.setattr(fetching, "REFUSALS", 2)
     refusal = AuthenticationError("refused", status_code=401)
-    told: list[list[str]] = []
-
-    def outcome(key: str, error: Exception | None = None, elapsed: float = 0.0) -> Outcome[str, Any, Item]:
-        told.append(capsys.readouterr().err.split())
-        return Outcome(Item("/x", "/x"), key, b"1\n" if error is None else None, error, 1, elapsed)
 
     async def given() -> Any:
-        yield outcome("/a", refusal)  # at 10
-        yield outcome("/b", refusal)  # at 11
-        yield outcome("/c", elapsed=2.5)  # at 12: began before both
-        yield outcome("/d", elapsed=2.5)  # at 13: began after the first
-        yield outcome("/e", refusal)  # at 14
-        told.append(capsys.readouterr().err.split())
+        for key in ("/a", "/b", "/c"):
+            assert capsys.readouterr().err == ""
+            yield Outcome(Item("/x", "/x"), key, None, refusal, 1, 0.0)
+        assert capsys.readouterr().err == "layer-async: /a: refused\n"
+        yield Outcome(Item("/x", "/x"), "/d", b"1\n", None, 1, 0.0)
+        if ends_by is not None:
+            raise ends_by
 
-    tally = written(given(), clock=lambda: next(times))
-    assert (tally.done, tally.failed) == (2, 3)
-    assert told == [[], [], [], [], ["layer-async:", "/a:", "refused"], []]
-    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["/b:", "/e:"]
+    with contextlib.suppress(KeyError, AuthenticationError):
+        written(given())
+    told = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert told == ([] if isinstance(ends_by, AuthenticationError) else ["/b:", "/c:"])
 
 
 @pytest.mark.parametrize("error", [MissingTokensError("Token1 is missing."), OSError("no disk")])

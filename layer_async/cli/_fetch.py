@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable
 from typing import IO, Annotated, Any, Literal
@@ -32,6 +31,7 @@ from ._items import Item, ObjectReader, PageStrategy, item_of_line, pages_strate
 from ._progress import Tally, showing
 from ._resume import Results, open_results
 
+REFUSALS = 1000  # so many may wait for the end to be told
 SPOOLED = 2**20  # so much of a collection is kept in memory
 
 FLAG = Parameter(negative="", show_default=False)
@@ -176,39 +176,37 @@ def line_of(item: Item, body: bytes) -> bytes:
     return msgspec.json.encode({**item.names, "value": value}) + b"\n"
 
 
-async def write_outcomes(
-    outcomes: AsyncIterable[Outcome[str, Found, Item]],
-    results: Results,
-    tally: Tally,
-    *,
-    clock: Callable[[], float] = time.monotonic,
-) -> None:
+async def write_outcomes(outcomes: AsyncIterable[Outcome[str, Found, Item]], results: Results, tally: Tally) -> None:
     """Write each outcome that is a document, and tell of each that is not.
 
-    Refused tokens are told once a call that began later had none refused: else the run ends with that one error.
+    Refused tokens are told at the end of the run, unless that comes by the one error that says so for all of them.
     """
-    refused: deque[tuple[float, Outcome[str, Found, Item]]] = deque()
+    refused: deque[Outcome[str, Found, Item]] = deque()
 
     def fail(outcome: Outcome[str, Found, Item]) -> None:
         assert isinstance(outcome.error, LayerError)
         tally.fail(outcome.key, outcome.error)
         results.write_error(outcome.item.names, outcome.error, outcome.attempts)
 
-    async for outcome in outcomes:
-        error = outcome.error
-        if error is None:
-            await results.output.write(outcome.unwrap())
-            tally.count()
-            began = clock() - outcome.elapsed
-            while refused and refused[0][0] <= began:
-                fail(refused.popleft()[1])
-        elif isinstance(error, MissingTokensError):  # from files that went away: no item fares better
-            raise error
-        elif isinstance(error, AuthenticationError):
-            refused.append((clock(), outcome))
-        elif isinstance(error, LayerError):
+    try:
+        async for outcome in outcomes:
+            error = outcome.error
+            if error is None:
+                await results.output.write(outcome.unwrap())
+                tally.count()
+            elif isinstance(error, MissingTokensError):  # from files that went away: no item fares better
+                raise error
+            elif isinstance(error, AuthenticationError):
+                refused.append(outcome)
+                if len(refused) > REFUSALS:
+                    fail(refused.popleft())
+            elif isinstance(error, LayerError):
+                fail(outcome)
+            else:
+                raise error
+    except AuthenticationError:
+        refused.clear()
+        raise
+    finally:
+        for outcome in refused:
             fail(outcome)
-        else:
-            raise error
-    for _, outcome in refused:
-        fail(outcome)
