@@ -668,16 +668,18 @@ class HalfRead:
 
 
 def test_a_live_line_tells_the_rate_and_what_is_left() -> None:
-    def live(lines: Any, **values: Any) -> str:
+    def live(lines: Any, *, pace: float | None = None, **values: Any) -> str:
         known = {"done": 0, "failed": 0, "skipped": 0, "held": 0, "rate": 0.0, "eta": None, "total": None}
         tally = progress.Tally("fetched")
         tally.outcomes = cast(Any, SomeOutcomes(Progress(**(known | values))))
         tally.lines = lines
+        tally.pace = lambda: pace
         return tally.live()
 
     nothing = "0 fetched, 0 failed, 0 retries"
     assert live(None) == f"{nothing}, 0/s"
     assert live(HalfRead(None), rate=20.0) == f"{nothing}, 20/s"
+    assert live(None, rate=20.0, pace=23.4) == f"{nothing}, 20/s, quota 23/s"
     assert live(HalfRead(), done=1000, rate=20.0) == f"{nothing}, 20/s, ETA 0:00:50"
     assert live(HalfRead(), done=1000, skipped=200, held=8) == (
         f"{nothing}, 200 already there, 0/s, 8 held until the server is back"

@@ -184,6 +184,7 @@ def test_force_begins_anew(layer: Layer) -> None:  # noqa: F811
         (["--out", "out", "--stop-when", "101%"], "--stop-when takes a count of failures"),
         (["--out", "out", "--stop-when", "often"], "--stop-when takes a count of failures"),
         (["--out", "out", "--workers", "0"], "at least one worker"),
+        (["--out", "out", "--rate", "0"], "--rate"),
     ],
 )
 def test_what_does_not_fit_together_is_told_before_anything_is_done(
@@ -301,6 +302,13 @@ def test_a_run_can_be_stopped_by_its_failures(layer: Layer) -> None:  # noqa: F8
     assert ran.code == 3
     assert "items have failed" in ran.err
     assert "The same command" not in ran.err
+
+
+def test_a_known_quota_is_kept_to(layer: Layer) -> None:  # noqa: F811
+    began = time.perf_counter()
+    assert layer("fetch", paths(*customers(60)), "--out", "out", "--rate", "200").code == 0
+    assert found() == sorted(customers(60))
+    assert time.perf_counter() - began > 0.1  # a burst goes first
 
 
 # What is read

@@ -15,6 +15,7 @@ from typing import IO, Annotated, Any, Literal
 import anyio
 import msgspec
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from .. import (
     AsyncLayerClient,
@@ -23,6 +24,7 @@ from .. import (
     LayerError,
     MissingTokensError,
     Outcome,
+    Pacing,
     ResponseDecodeError,
 )
 from ._files import FileName, Lines, complain, reading
@@ -60,6 +62,7 @@ def fetch(
     pages: str | None = None,
     items: str | None = None,
     workers: Annotated[Literal["auto"] | int, Parameter(validator=at_least_one)] = "auto",
+    rate: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
     stop_when: str | None = None,
 ) -> int:
     """GET many documents, concurrently, and write one line of JSON for each.
@@ -95,6 +98,8 @@ def fetch(
         With --pages: where in a page the items are, such as data.items; by default the page itself is the list.
     workers: int | str
         How many calls at a time, or auto: half the connections.
+    rate: float
+        The quota, where it is known, in calls a second; by default it is learned.
     stop_when: str
         End the run early, after so many failures (100), or when such a share of the items fails (5%).
     """
@@ -108,7 +113,9 @@ def fetch(
     tally = Tally("fetched")
 
     async def main() -> None:
-        async with AsyncLayerClient(follow_redirects=True, observer=tally.observe) as client:
+        pacing = Pacing(rate=rate)
+        async with AsyncLayerClient(follow_redirects=True, observer=tally.observe, pacing=pacing) as client:
+            tally.pace = lambda: client.pace
             call = pages_call(client, strategy, items) if strategy else document_call(client)
             try:
                 with open_results(out, errors=errors, resume=resume, retry_failed=retry_failed, force=force) as results:

@@ -36,6 +36,7 @@ class Tally:
         self.lines: Lines[Any] | None = None
         self.results: Results | None = None
         self.outcomes: Outcomes[Any, Any, Any] | None = None
+        self.pace: Callable[[], float | None] = lambda: None
         self.has_ended = False
 
     def __str__(self) -> str:
@@ -62,6 +63,8 @@ class Tally:
         if self.outcomes is not None:
             progress = self.outcomes.progress
             parts.append(f"{progress.rate:,.0f}/s")
+            if (pace := self.pace()) is not None:
+                parts.append(f"quota {pace:,.0f}/s")
             if progress.held:
                 parts.append(f"{progress.held:,} held until the server is back")
             seen, share = progress.done + progress.skipped, self.share
