@@ -620,10 +620,9 @@ async def _open_journal(journal: SettledKeys) -> None:
 
 def _journal_of(journal: str | PathLike[str] | SettledKeys | None) -> SettledKeys | None:
     if isinstance(journal, str | PathLike):
-        import importlib
+        from ._journal import Journal  # with SQLite, which few need
 
-        # With SQLite, which few need.
-        return cast(SettledKeys, importlib.import_module("layer_async._journal").Journal(journal))
+        return Journal(journal)
     return journal
 
 

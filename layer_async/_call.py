@@ -101,8 +101,8 @@ class Identity:
     def __init__(self, auth: DualTokenAuth, pacing: Pacing | None, observer: Observer) -> None:
         self.auth = auth
         self.pacing = pacing
-        self.budget = RetryBudget()
-        self.gate = None if pacing is None else Gate(pacing, observer=observer)
+        self.budget: RetryBudget = RetryBudget()
+        self.gate: Gate | None = None if pacing is None else Gate(pacing, observer=observer)
         self._retry = RetryMiddleware(budget=self.budget, gate=self.gate, observer=observer)
 
     def retry(self, policy: RetryPolicy | None) -> RetryMiddleware:

@@ -71,7 +71,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str], *, retry_failed: bool = False) -> None:
         if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes) or not os.fspath(path):
             raise ConfigurationError("a journal needs the path of a file, as text or a Path.")
-        self.path = Path(os.path.realpath(path))
+        self.path: Path = Path(os.path.realpath(path))
         self.retry_failed = retry_failed
         self.before_commit: Callable[[], None] | None = None
         self._lock = threading.Condition()  # of all that follows but the writer's connection

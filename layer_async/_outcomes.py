@@ -102,11 +102,11 @@ class Place(Generic[K, V, T]):
     __slots__ = ("done", "item", "key", "name", "outcome", "settles")
 
     def __init__(self, item: T, key: K, name: str | None) -> None:
-        self.item = item
-        self.key = key
-        self.name = name
-        self.done = False
-        self.settles = True
+        self.item: T = item
+        self.key: K = key
+        self.name: str | None = name
+        self.done: bool = False
+        self.settles: bool = True
         self.outcome: Outcome[K, V, T] | None = None
 
 
@@ -118,18 +118,18 @@ class HandOver(Generic[K, V, T]):
     """
 
     def __init__(self, *, window: int, ordered: bool, journal: SettledKeys | None = None) -> None:
-        self.window = window
-        self.ordered = ordered
-        self.journal = journal
+        self.window: int = window
+        self.ordered: bool = ordered
+        self.journal: SettledKeys | None = journal
         self.line: deque[Place[K, V, T]] = deque()  # in order: all that is under way; else: what is done
-        self.outstanding = 0
+        self.outstanding: int = 0
         self.arrival: anyio.Event | None = None  # the loop waits for it
         self.vacancy: anyio.Event | None = None  # the worker whose turn it is to pull waits for it
-        self.ended = False  # nothing more is pulled
-        self.at_once = False  # whether `error` is raised without waiting for what is under way
+        self.ended: bool = False  # nothing more is pulled
+        self.at_once: bool = False  # whether `error` is raised without waiting for what is under way
         self.error: BaseException | None = None
-        self.finished = False  # the loop has met the end
-        self.closed = False  # the block has ended
+        self.finished: bool = False  # the loop has met the end
+        self.closed: bool = False  # the block has ended
         self.stopped: str | None = None
         self.received: Place[K, V, T] | None = None  # by the loop, whose body is not known to have ended
 

@@ -121,7 +121,7 @@ class Gate:
         self._told: float | None = None
         self._lines = _Lines()
         self._loop: object = None
-        self.is_off = self._pace is None or not self._pace.is_on
+        self.is_off: bool = self._pace is None or not self._pace.is_on
 
     def __repr__(self) -> str:
         state = f"shut for {self.opens_in:.2f} s" if self.is_shut else "open"

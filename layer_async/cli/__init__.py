@@ -44,8 +44,10 @@ app: App = App(
     suppress_keyboard_interrupt=False,
 )
 
-for command in (get, fetch, sandbox, demo):
-    app.command(command)
+app.command(get)
+app.command(fetch)
+app.command(sandbox)
+app.command(demo)
 
 
 def run(arguments: list[str]) -> int:

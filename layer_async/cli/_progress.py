@@ -31,7 +31,9 @@ class Tally:
     def __init__(self, verb: str, total: int | None = None) -> None:
         self.verb = verb
         self.total = total
-        self.done = self.failed = self.retries = 0
+        self.done: int = 0
+        self.failed: int = 0
+        self.retries: int = 0
         self.show: Callable[[], None] = lambda: None
         self.lines: Lines[Any] | None = None
         self.results: Results | None = None
