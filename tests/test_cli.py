@@ -799,7 +799,7 @@ def test_a_port_in_use_is_told(layer: Layer, url: str) -> None:
         (["sandbox", "--rate", "5", "--drop", "9", "3"], "drop must be"),
         (["sandbox", "--window", "10"], "say how large the quota is, with --rate"),
         (["sandbox", "--no-retry-after"], "say how large the quota is, with --rate"),
-        (["sandbox", "--documents", "-1"], "documents must be at least 0"),
+        (["sandbox", "--documents", "-1"], "documents must be a number of at least 0"),
         (["sandbox", "--port", "65536"], "65535"),
         (["fetch", "-", "--out", "x", "--workers", "0"], "--workers"),
         (["fetch", "--outt", "x"], "--outt"),

@@ -878,7 +878,7 @@ async def test_a_bulk_takes_half_the_slots_by_default() -> None:
 
 async def test_a_bulk_item_waits_out_a_429_that_a_single_call_would_not(router: respx.MockRouter) -> None:
     router.get("/api/x").mock(side_effect=[httpx.Response(429)] * 12 + [httpx.Response(200)])
-    async with make() as client:
+    async with make(pacing=None) as client:
         with pytest.raises(RateLimitError):
             await client.get("/api/x")
         router.get("/api/x").mock(side_effect=[httpx.Response(429)] * 12 + [httpx.Response(200)])

@@ -292,7 +292,7 @@ async def test_a_task_that_outlives_its_item_is_not_patient_and_counts_for_nobod
         except RateLimitError as exc:
             met.append(exc)
 
-    async with make() as client, anyio.create_task_group() as group:
+    async with make(pacing=None) as client, anyio.create_task_group() as group:
 
         async def call(path: str) -> httpx.Response:
             records.append(current_item.get())

@@ -65,5 +65,5 @@ async def test_an_unknown_quota_is_used_through_sockets(
     used, refused = count.admitted / granted, count.refused / (count.refused + count.admitted)
     report.append(f"{kind}, {elapsed:.0f} s: {used:.1%} used, {refused:.1%} answered 429, pace {pace:.0f}/s")
     assert failed == 0
-    assert used >= (least if full else least - 0.2)
+    assert used >= (least if full else least - 0.5)
     assert refused <= (0.08 if full else 0.5)
