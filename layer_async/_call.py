@@ -169,16 +169,12 @@ class Corridor:
         `reader` makes its value from the answer, in place of `into`.
         """
         if into is not None:
-            from ._codec import check_into  # here as below: who decodes nothing does not load the engine
-
-            check_into(into)
+            _codec().check_into(into)
         settings = self.settings.updated(given) if len(given) > 1 else self.settings
         document = None
         if given.get("json") is not None:
-            from ._codec import encode_json
-
             # Up front: what the caller does to it while the call waits is none of the call's.
-            document = encode_json(given["json"])
+            document = _codec().encode_json(given["json"])
         return Call(
             corridor=self,
             method=checked_method(method),
@@ -499,9 +495,7 @@ class Call:
     def _decode(self, response: httpx.Response) -> Any:
         if self.reader is not None:
             return self.reader(response)
-        from ._codec import decode
-
-        return decode(response, self.into)
+        return _codec().decode(response, self.into)
 
     def _ended_early(self) -> LayerError:
         """The scope was cancelled: by its deadline, or by the closing of the client."""
@@ -543,6 +537,14 @@ ADVICE = {
     "read": "The server did not answer in time, or too slowly.",
     "sleep": "Earlier attempts had failed; see `attempts`.",
 }
+
+
+@functools.cache
+def _codec() -> Any:
+    """Loaded with its engine by the first call that decodes or encodes; an import of its own at each call costs more."""
+    from . import _codec
+
+    return _codec
 
 
 def _wrap(middleware: Middleware, call_next: CallNext) -> CallNext:

@@ -19,6 +19,7 @@ import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import anyio.lowlevel
 import httpcore
 import httpx
 from httpx._exceptions import request_context
@@ -29,11 +30,12 @@ from ._coding import Decoder, decode_bounded, read_bounded
 from ._errors import BODY_LIMIT, MalformedResponseError
 from ._exchange import ExchangeRecord, QuietRequest
 from ._origin import Origin
-from ._seams import Seam
+from ._seams import Seam, are_untouched
 from ._tokens import HeaderEntry
 from ._transport import HTTPClient, LayerTransport, PoolAdapter, free, raise_if_revoked
 
 if TYPE_CHECKING:
+    from ._pool import Slot
     from ._wire import Answer
 
 __all__ = ["Lane"]
@@ -54,6 +56,9 @@ TRANSPORT_SEAM = Seam(LayerTransport, "handle_async_request")
 
 BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})  # httpx says Content-Length: 0 for the others
 NO_BODY = httpx.ByteStream(b"")
+AT_ONCE = 2**20  # a body of this size is decoded without giving others their turn
+FAIR_SHARE = 16  # pieces between two turns of others
+BROKEN_OFF = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError)
 
 _log = logging.getLogger("httpx")
 
@@ -88,11 +93,9 @@ class Lane:
         """Whether the client is as it was made, so that its own code need not be gone through."""
         http = self._http
         hooks = http._event_hooks
-        for seam in CLIENT_SEAMS:
-            if not seam.is_untouched():
-                return False
         return (
-            http.__dict__.keys().isdisjoint(NAMES)
+            are_untouched(CLIENT_SEAMS)
+            and http.__dict__.keys().isdisjoint(NAMES)
             and not hooks["request"]
             and not hooks["response"]
             and (*http._mounts.values(),) == self._mounted
@@ -190,60 +193,66 @@ class Lane:
         stream, extensions = request.stream, request.extensions
         if not isinstance(stream, httpx.AsyncByteStream):
             raise RuntimeError("Attempted to send an sync request with an AsyncClient instance.")
-        with request_context(request=request), map_httpcore_exceptions():
+        slot: Slot | None = None
+        try:
             slot = await adapter.slot(record, extensions)
-            try:
-                connection = adapter.wired(slot, record, self._scheme, self._host, self._port, extensions)
-                answer = await connection.exchange(
-                    request.method.encode("ascii"),
-                    request.url.raw_path,
-                    request.headers.raw,
-                    b"".join(stream) if isinstance(stream, httpx.ByteStream) else stream,
-                    record,
-                    extensions["timeout"],
-                )
-                raw, content = await self._body(answer, limit)
-            except BaseException as exc:
+            connection = adapter.wired(slot, record, self._scheme, self._host, self._port, extensions)
+            answer = await connection.exchange(
+                request.method.encode("ascii"),
+                request.url.raw_path,
+                request.headers.raw,
+                b"" if stream is NO_BODY else b"".join(stream) if isinstance(stream, httpx.ByteStream) else stream,
+                record,
+                extensions["timeout"],
+            )
+            entries = [(name, name.lower(), value) for name, value in answer.headers]
+            codings = [value for _, name, value in entries if name == b"content-encoding"]
+            raw = answer.body
+            if raw is None or codings or len(raw) > (BODY_LIMIT if limit is None else limit) or answer.status >= 400:
+                raw, content = await _read(answer, b",".join(codings).decode("latin-1"), limit)
+            else:
+                content = raw
+        except BaseException as exc:
+            if slot is not None:
                 free(slot, record)
                 raise_if_revoked(slot, exc)
+            if not isinstance(exc, Exception):
+                raise
+            with request_context(request=request), map_httpcore_exceptions():
                 raise
         if connection.is_reusable():
             slot.give_back()
             record.slot = None
         else:
             free(slot, record)
-        elapsed = time.perf_counter() - started
-        encoding = self._http._default_encoding
-        return _response(request, answer, connection.network_stream, raw, content, encoding=encoding, elapsed=elapsed)
+        response = _response(request, answer, entries, raw, content, connection.network_stream)
+        response.default_encoding = self._http._default_encoding
+        response._elapsed = datetime.timedelta(seconds=time.perf_counter() - started)
+        return response
 
-    async def _body(self, answer: Answer, limit: int | None) -> tuple[bytes, bytes]:
-        """The body of `answer`, as it came and decoded; see `read_bounded`."""
-        truncate = answer.status >= 400
-        bound = BODY_LIMIT if truncate else sys.maxsize if limit is None else limit
-        codings = b",".join([value for name, value in answer.headers if name.lower() == b"content-encoding"])
-        raw = answer.body
-        if raw is not None:
-            if not codings and len(raw) <= bound:
-                return raw, raw
-            return raw, decode_bounded(raw, codings.decode("ascii"), bound, truncate=truncate)
-        decoder = Decoder(codings.decode("ascii"), bound)
-        came: list[bytes] = []
-        parts: list[bytes] = []
-        try:
-            while piece := await answer.read():
-                came.append(piece)
-                parts.extend(decoder.feed(piece))
-            decoder.finish()
-        except (
-            httpcore.NetworkError,
-            httpcore.TimeoutException,
-            httpcore.ProtocolError,
-            httpx.DecodingError,
-            MalformedResponseError,
-        ):
-            if not truncate:
-                raise
-        return b"".join(came), b"".join(parts)
+
+async def _read(answer: Answer, codings: str, limit: int | None) -> tuple[bytes, bytes]:
+    """The body of `answer`, as it came and decoded; see `read_bounded`."""
+    truncate = answer.status >= 400
+    bound = BODY_LIMIT if truncate else sys.maxsize if limit is None else limit
+    raw = answer.body
+    if raw is not None and len(raw) <= AT_ONCE:
+        return raw, decode_bounded(raw, codings, bound, truncate=truncate)
+    decoder = Decoder(codings, bound)
+    came: list[bytes] = []
+    parts: list[bytes] = []
+    try:
+        async for piece in answer:
+            came.append(piece)
+            for part in decoder.feed(piece):
+                parts.append(part)
+                if len(parts) % FAIR_SHARE == 0:
+                    await anyio.lowlevel.checkpoint()
+        decoder.finish()
+    except (*BROKEN_OFF, httpx.DecodingError, MalformedResponseError):
+        if not truncate:
+            raise
+    return b"".join(came), b"".join(parts)
 
 
 def _headers(entries: list[HeaderEntry]) -> httpx.Headers:
@@ -270,20 +279,13 @@ def _request(
 
 
 def _response(
-    request: httpx.Request,
-    answer: Any,
-    network_stream: Any,
-    raw: bytes,
-    content: bytes,
-    *,
-    encoding: Any,
-    elapsed: float,
+    request: httpx.Request, answer: Any, entries: list[HeaderEntry], raw: bytes, content: bytes, network_stream: Any
 ) -> httpx.Response:
     """What httpx makes of an answer that has been read."""
     response = httpx.Response.__new__(httpx.Response)
     response.__dict__.update(
         status_code=answer.status,
-        headers=_headers([(name, name.lower(), value) for name, value in answer.headers]),
+        headers=_headers(entries),
         _request=request,
         next_request=None,
         extensions={
@@ -294,11 +296,10 @@ def _response(
         history=[],
         is_closed=True,
         is_stream_consumed=True,
-        default_encoding=encoding,
+        default_encoding="utf-8",
         stream=httpx.ByteStream(raw),
         _num_bytes_downloaded=len(raw),
         _content=content,
-        _elapsed=datetime.timedelta(seconds=elapsed),
     )
     return response
 
@@ -311,6 +312,7 @@ def fits() -> bool:
     response.elapsed = datetime.timedelta()
     ours = _request("GET", request.url, [], b"", {})
     answer = types.SimpleNamespace(status=200, headers=[], http_version=b"", reason=b"")
-    read = _response(ours, answer, None, b"", b"", encoding="utf-8", elapsed=0.0)
+    read = _response(ours, answer, [], b"", b"", None)
+    read.elapsed = datetime.timedelta()
     # A decoder is made when one is asked for.
     return vars(request).keys() == vars(ours).keys() and vars(response).keys() - {"_decoder"} == vars(read).keys()

@@ -30,8 +30,6 @@ __all__ = ["PATIENCE", "Gate", "Pacing"]
 PATIENCE = 3600.0
 """The longest that the gate stays shut by one answer, in seconds; then the server is asked again."""
 
-INITIALS = frozenset((b"r", b"R", b"x", b"X"))  # of RateLimit and X-RateLimit
-
 NOTABLE = 1.25  # the rate has changed by such a factor: worth telling
 
 
@@ -170,13 +168,10 @@ class Gate:
         """Heed what the head of an answer says of the quota, if anything."""
         if self._pace is None:
             return
-        raw = headers.raw
-        for name, _ in raw:  # most answers say nothing, and each is looked at: one comparison a name
-            if name[:1] in INITIALS and b"limit" in name.lower():
-                break
-        else:
+        # Most answers say nothing, and each is looked at: at all names in one, in lower case, as httpx keeps them.
+        if b"limit" not in b"".join([entry[1] for entry in headers._list]):
             return
-        limits = read_limits(raw, self._wall_clock())
+        limits = read_limits(headers.raw, self._wall_clock())
         if limits is None:
             return
         now = self._clock()

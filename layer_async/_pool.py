@@ -168,7 +168,7 @@ class ConnectionPool:
         self._attached = self._opened = self._reused = self._discarded = 0
         self._closed = False
         self._loop: object = None
-        self._pid = os.getpid()
+        self._process = _process
 
     @property
     def stats(self) -> PoolStats:
@@ -183,6 +183,11 @@ class ConnectionPool:
             reused=self._reused,
             discarded=self._discarded,
         )
+
+    @property
+    def loop(self) -> object:
+        """The event loop that it serves: asyncio's, a trio token, or None before the first call."""
+        return self._loop
 
     @property
     def is_closed(self) -> bool:
@@ -317,14 +322,14 @@ class ConnectionPool:
     def _settle(self) -> None:
         """Make the running event loop (and process) the pool's own; what another one left behind is abandoned."""
         loop = _running_loop()
-        if loop is self._loop and os.getpid() == self._pid:
+        if loop is self._loop and self._process is _process:
             return
-        if os.getpid() == self._pid and _is_running(self._loop):
+        if self._process is _process and _is_running(self._loop):
             raise ConfigurationError(
                 "this client is in use on another event loop that is still running: make one client per event loop."
             )
         self._empty(at_home=False)
-        self._loop, self._pid = loop, os.getpid()
+        self._loop, self._process = loop, _process
 
     def _empty(self, *, at_home: bool) -> None:
         slots, self._slots = self._slots, set()
@@ -345,6 +350,18 @@ class ConnectionPool:
         if at_home:
             for waiter in waiters:
                 waiter.event.set()
+
+
+_process: object = object()  # another one in each process; asking the system for the process's number costs more
+
+
+def _begin_process() -> None:
+    global _process
+    _process = object()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch - where there is no fork, nothing is to be done
+    os.register_at_fork(after_in_child=_begin_process)
 
 
 def _running_loop() -> object:

@@ -9,29 +9,38 @@ from __future__ import annotations
 import types
 from typing import Any
 
-__all__ = ["Seam"]
+__all__ = ["Seam", "are_untouched"]
 
 
 class Seam:
     """The function `name` of the class `owner`, which a tool may have replaced."""
 
-    __slots__ = ("_code", "_function", "_owner", "name")
+    __slots__ = ("code", "function", "name", "owner")
 
     def __init__(self, owner: type, name: str) -> None:
-        self._owner = owner
-        self.name = name
-        self._function: Any = None
-        self._code: Any = None
+        self.owner: type = owner
+        self.name: str = name
+        self.function: Any = None
+        self.code: Any = None
 
     def is_untouched(self) -> bool:
         """Whether the library's own code runs when the function is called."""
-        function: Any = getattr(self._owner, self.name)
-        if function is self._function and function.__code__ is self._code:
+        function: Any = getattr(self.owner, self.name)
+        if function is self.function and function.__code__ is self.code:
             return True
         if not _is_own(function, self.name):
             return False
-        self._function, self._code = function, function.__code__
+        self.function, self.code = function, function.__code__
         return True
+
+
+def are_untouched(seams: tuple[Seam, ...]) -> bool:
+    """Whether all of them are; as quick as it can be, since it is asked at each attempt."""
+    for seam in seams:
+        function: Any = getattr(seam.owner, seam.name)
+        if (function is not seam.function or function.__code__ is not seam.code) and not seam.is_untouched():
+            return False
+    return True
 
 
 def _is_own(function: Any, name: str) -> bool:

@@ -15,7 +15,6 @@ import functools
 import os
 import ssl
 import sys
-import types
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from ._errors import ClientClosedError, ConfigurationError
 from ._exchange import ExchangeRecord
 from ._pool import ConnectionPool, Slot, SlotTimeout
 from ._portable import PortableConnection
-from ._seams import Seam
+from ._seams import Seam, are_untouched
 
 if TYPE_CHECKING:
     from ._wire import Proxy, WireConnection
@@ -149,6 +148,8 @@ class PoolAdapter:
         self._proxy = proxy
         self._proxy_layers = int(proxy is not None and proxy.url.scheme == "https")
         # SOCKS is httpcore's affair.
+        self._entrance = Seam(type(factory), "handle_async_request")
+        self._asyncio_loop: object = None
         self._can_be_wired = proxy is None or proxy.url.scheme in ("http", "https")
 
     async def __aenter__(self) -> PoolAdapter:
@@ -166,9 +167,9 @@ class PoolAdapter:
 
     async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
         """Send `request` on a slot of the pool, through whatever a tool has put before httpcore's own pool."""
-        seam: Any = type(self._factory).handle_async_request
-        if _is_untouched(seam):
+        if self._entrance.is_untouched():
             return await self.send(request)
+        seam: Any = type(self._factory).handle_async_request
         return await seam(_stand_in(self._factory, self), request)  # type: ignore[no-any-return]
 
     async def send(self, request: httpcore.Request) -> httpcore.Response:
@@ -240,14 +241,23 @@ class PoolAdapter:
             and "asyncio" in sys.modules
             and scheme in WIRED_SCHEMES
             and "trace" not in extensions
-            and all(seam.is_untouched() for seam in STEPPED_OVER)
-            and _wire_room().is_on_asyncio()
+            and are_untouched(STEPPED_OVER)
+            and self._is_on_asyncio()
         )
+
+    def _is_on_asyncio(self) -> bool:
+        """Asked once for each event loop: a call has been to the pool by now, which so knows the one that runs."""
+        loop = self._pool.loop
+        if loop is None or loop is not self._asyncio_loop:
+            if not _wire_room().is_on_asyncio():
+                return False
+            self._asyncio_loop = loop
+        return True
 
     @property
     def is_untouched(self) -> bool:
         """Whether a request may be sent here without asking httpcore's own pool, since no tool has put itself there."""
-        return _is_untouched(type(self._factory).handle_async_request) and "handle_async_request" not in self.__dict__
+        return self._entrance.is_untouched() and "handle_async_request" not in self.__dict__
 
     def _wire(self, scheme: bytes, host: str, port: int, server_name: str | None) -> WireConnection:
         connection: WireConnection = _wire_room().WireConnection(
@@ -299,16 +309,6 @@ def raise_if_revoked(slot: Slot, error: BaseException) -> None:
     """A connection error is the closing of the pool, where that took the slot."""
     if slot.is_revoked and isinstance(error, Exception):
         raise ClientClosedError("the client was closed during the call.") from error
-
-
-def _is_untouched(function: object) -> bool:
-    """Whether a method is the one that httpcore was installed with: a plain function from httpcore's own file."""
-    if type(function) is not types.FunctionType:
-        return False
-    return function.__code__.co_filename == _UNTOUCHED_FILE
-
-
-_UNTOUCHED_FILE = httpcore.AsyncConnectionPool.create_connection.__code__.co_filename
 
 
 def _stand_in(factory: Any, adapter: PoolAdapter) -> Any:
