@@ -541,7 +541,7 @@ ADVICE = {
 
 @functools.cache
 def _codec() -> Any:
-    """Loaded with its engine by the first call that decodes or encodes; an import of its own at each call costs more."""
+    """Loaded with its engine by the first call that decodes or encodes; an import at each call would cost more."""
     from . import _codec
 
     return _codec
