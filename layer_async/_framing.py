@@ -334,11 +334,26 @@ def request_head(method: bytes, target: bytes, headers: Sequence[Field]) -> Requ
     Or what is wrong with it, quoting nothing: what is no token, target or field value (RFC 9112 sections 3 and 5), and
     framing that contradicts itself. Not raised, since the frame of this function would be in the traceback.
     """
+    block = field_block(headers)
+    return block if isinstance(block, str) else headed(method, target, block)
+
+
+FieldBlock = tuple[bytes, int, bool]
+
+
+def headed(method: bytes, target: bytes, block: FieldBlock) -> RequestHead | str:
+    """What `request_head` gives, for fields that are checked and written already."""
     if method not in _METHODS and not _TOKEN.fullmatch(method):
         return "the method of the request is illegal"
     if not target or target.translate(None, _VISIBLE):
         return "the target of the request has illegal characters"
-    lines = [method, b" ", target, b" HTTP/1.1\r\n"]
+    fields, length, keeps_alive = block
+    return b"".join((method, b" ", target, b" HTTP/1.1\r\n", fields)), b"", length, keeps_alive
+
+
+def field_block(headers: Sequence[Field]) -> FieldBlock | str:
+    """The fields of a request as they are sent, with the empty line; the rest as for `request_head`."""
+    lines: list[bytes] = []
     length, hosts, keeps_alive = 0, 0, True
     has_framing = False
     for name, value in headers:
@@ -362,14 +377,14 @@ def request_head(method: bytes, target: bytes, headers: Sequence[Field]) -> Requ
                 length = announced
     lines.append(b"\r\n")
     head = b"".join(lines)
-    count = len(headers) + 2
+    count = len(headers) + 1
     if head.count(b"\n") != count or head.count(b"\r") != count or head.translate(None, _ALLOWED):
         return "a header of the request has illegal characters"
     if (b"  " in head or b"\t" in head or b" \r" in head) and any(value != value.strip(b" \t") for _, value in headers):
         return "a header of the request has whitespace round its value"
     if hosts != 1:
         return "the request needs one Host header"
-    return head, b"", length, keeps_alive
+    return head, length, keeps_alive
 
 
 def framed(made: RequestHead, body: bytes) -> RequestHead | str:

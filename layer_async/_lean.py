@@ -32,7 +32,7 @@ from ._exchange import ExchangeRecord, QuietRequest
 from ._origin import Origin
 from ._seams import Seam, are_untouched
 from ._tokens import HeaderEntry
-from ._transport import HTTPClient, LayerTransport, PoolAdapter, free, raise_if_revoked
+from ._transport import AnswerStream, HTTPClient, LayerTransport, PoolAdapter, free, raise_if_revoked
 
 if TYPE_CHECKING:
     from ._pool import Slot
@@ -177,7 +177,9 @@ class Lane:
         response.request = request
         response.default_encoding = self._http._default_encoding
         try:
-            if response.status_code >= 400:
+            if _take_whole(response, limit):
+                pass
+            elif response.status_code >= 400:
                 await read_bounded(response, BODY_LIMIT, truncate=True)
             else:
                 await read_bounded(response, limit)
@@ -229,6 +231,21 @@ class Lane:
         response.default_encoding = self._http._default_encoding
         response._elapsed = datetime.timedelta(seconds=time.perf_counter() - started)
         return response
+
+
+def _take_whole(response: httpx.Response, limit: int | None) -> bool:
+    """Make a read response of one whose whole body is there, as it is; httpx would go through four generators."""
+    stream = getattr(response.stream, "_httpcore_stream", None)
+    raw = stream.whole if type(stream) is AnswerStream and response.status_code < 400 else None
+    if raw is None or len(raw) > (BODY_LIMIT if limit is None else limit) or "content-encoding" in response.headers:
+        return False
+    assert isinstance(stream, AnswerStream)
+    stream.close()
+    response.is_closed = response.is_stream_consumed = True
+    response.stream = httpx.ByteStream(raw)
+    response._content = raw
+    response._num_bytes_downloaded = len(raw)
+    return True
 
 
 async def _read(answer: Answer, codings: str, limit: int | None) -> tuple[bytes, bytes]:

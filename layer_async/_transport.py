@@ -31,7 +31,7 @@ from ._seams import Seam, are_untouched
 if TYPE_CHECKING:
     from ._wire import Proxy, WireConnection
 
-__all__ = ["HTTPClient", "LayerTransport", "PoolAdapter", "free", "raise_if_revoked"]
+__all__ = ["AnswerStream", "HTTPClient", "LayerTransport", "PoolAdapter", "free", "raise_if_revoked"]
 
 LIMITS = httpx.Limits(max_connections=100, keepalive_expiry=30.0)
 SCHEMES = {b"http": 80, b"https": 443, b"ws": 80, b"wss": 443}
@@ -182,7 +182,7 @@ class PoolAdapter:
             if self.is_wired(origin.scheme, request.extensions):
                 answer = self.wired(slot, record, origin.scheme, origin.host, origin.port, request.extensions)
                 response = await answer.handle(request, record)
-                response.stream = _AnswerStream(response.stream, answer, slot, record)
+                response.stream = AnswerStream(response.stream, answer, slot, record)
             else:
                 connection = self._portable(slot, record, origin, request.extensions)
                 response = await connection.handle(request, record)
@@ -424,7 +424,7 @@ class _ResponseStream:
             pass
 
 
-class _AnswerStream:
+class AnswerStream:
     """The body of a response from a connection of ours; when it is closed, its slot is free."""
 
     __slots__ = ("_answer", "_connection", "_is_closed", "_record", "_slot")
@@ -436,7 +436,7 @@ class _AnswerStream:
         self._record = record
         self._is_closed = False
 
-    def __aiter__(self) -> _AnswerStream:
+    def __aiter__(self) -> AnswerStream:
         return self
 
     async def __anext__(self) -> bytes:
@@ -454,12 +454,21 @@ class _AnswerStream:
 
     async def aclose(self) -> None:
         """Free the slot; the connection is kept if the answer was read to its end and nothing else came."""
+        self.close()
+
+    def close(self) -> None:
+        """The same at once: nothing here waits."""
         if not self._is_closed:
             self._is_closed = True
             if self._connection.is_reusable():
                 self._slot.give_back()
             free(self._slot, self._record)
             self._answer = None
+
+    @property
+    def whole(self) -> bytes | None:
+        """The whole body, where it came with the head and nobody has read it yet."""
+        return None if self._is_closed or self._answer.is_given else self._answer.body
 
 
 class _NoCookies(httpx.Cookies):

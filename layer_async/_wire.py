@@ -27,7 +27,23 @@ import httpcore
 import httpx
 
 from ._exchange import ExchangeRecord
-from ._framing import CHUNKS, HEAD, IDLE, LENGTH, RAW, AnswerReader, Field, chunk, framed, merged, request_head
+from ._framing import (
+    CHUNKS,
+    HEAD,
+    IDLE,
+    LENGTH,
+    RAW,
+    AnswerReader,
+    Field,
+    FieldBlock,
+    RequestHead,
+    chunk,
+    field_block,
+    framed,
+    headed,
+    merged,
+    request_head,
+)
 from ._sockets import SocketStream, Wire
 
 RECEIVE = 64 * 1024
@@ -63,12 +79,12 @@ class Answer:
 
     __slots__ = (
         "_connection",
-        "_is_given",
         "_serial",
         "_timeout",
         "body",
         "headers",
         "http_version",
+        "is_given",
         "reason",
         "status",
     )
@@ -77,7 +93,7 @@ class Answer:
         self._connection: WireConnection | None = connection
         self._serial = connection._serial
         self._timeout = timeout
-        self._is_given = False
+        self.is_given = False
         head = connection._reader.head
         self.status = head.status
         self.reason = head.reason
@@ -103,9 +119,9 @@ class Answer:
 
     async def __anext__(self) -> bytes:
         if self.body is not None:
-            if self._is_given or not self.body:
+            if self.is_given or not self.body:
                 raise StopAsyncIteration
-            self._is_given = True
+            self.is_given = True
             return self.body
         piece = await self.read()
         if not piece:
@@ -180,11 +196,13 @@ class WireConnection:
 
     __slots__ = (
         "__weakref__",
+        "_block",
         "_context",
         "_dialer",
         "_expires",
         "_failure",
         "_fd",
+        "_fields",
         "_has_served",
         "_held",
         "_is_closed",
@@ -255,6 +273,8 @@ class WireConnection:
         self._is_sent = self._is_write_broken = self._wants_close = False
         self._reader = AnswerReader()
         self._failure: Failure | None = None
+        self._fields: list[Field] | None = None
+        self._block: FieldBlock = b"", 0, True
         self._held: Any = None  # a request, while it waits for the connection
 
     # For who drives an exchange
@@ -277,11 +297,7 @@ class WireConnection:
         record.bytes_written = 0
         record.response_started = record.head_received = False
         record.reused = self._has_served
-        if self.prefix:
-            assert self.proxy is not None
-            made = request_head(method, self.prefix + target, merged(self.proxy.fields, headers))
-        else:
-            made = request_head(method, target, headers)
+        made = self._headed(method, target, headers)
         if not isinstance(made, str) and isinstance(body, bytes):
             made = framed(made, body)
             body = b""
@@ -342,6 +358,16 @@ class WireConnection:
             self.close()
             raise
         return answer
+
+    def _headed(self, method: bytes, target: bytes, headers: Sequence[Field]) -> RequestHead | str:
+        """The head of the request, or what is wrong with it. Fields that are those of the one before stay written."""
+        if headers != self._fields:
+            sent = headers if not self.prefix or self.proxy is None else merged(self.proxy.fields, headers)
+            block = field_block(sent)
+            if isinstance(block, str):
+                return block
+            self._fields, self._block = [*headers], block
+        return headed(method, self.prefix + target, self._block)
 
     @property
     def network_stream(self) -> NetworkStream:
