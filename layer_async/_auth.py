@@ -23,7 +23,6 @@ from typing import Any, cast
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
-import attrs
 import httpx
 
 from ._coding import read_bounded
@@ -69,12 +68,14 @@ async def _pass_gate(request: httpx.Request) -> None:
 # How tokens are replaced
 
 
-@attrs.frozen
 class _Issue:
-    """A pair and its number; replaced as one."""
+    """A pair and its number; replaced as one, never changed."""
 
-    pair: TokenPair | None
-    generation: int
+    __slots__ = ("generation", "pair")
+
+    def __init__(self, pair: TokenPair | None, generation: int) -> None:
+        self.pair: TokenPair | None = pair
+        self.generation: int = generation
 
 
 _NOTHING = _Issue(None, 0)
@@ -94,7 +95,6 @@ class Turn:
         self.is_probe: bool = False
 
 
-@attrs.define
 class _Circuit:
     """Whether the tokens are refused so clearly that sending more calls is pointless; decides, and is told the time.
 
@@ -103,13 +103,14 @@ class _Circuit:
     current pair was refused for good. While `error` is set the circuit is open.
     """
 
-    proven: int = 0
-    counted: int = 0
-    first: int = 0
-    fresh: int = 0
-    paths: set[str] = attrs.field(factory=set[str])
-    error: AuthenticationError | None = None
-    probe_at: float = 0.0
+    def __init__(self) -> None:
+        self.proven: int = 0
+        self.counted: int = 0
+        self.first: int = 0
+        self.fresh: int = 0
+        self.paths: set[str] = set()
+        self.error: AuthenticationError | None = None
+        self.probe_at: float = 0.0
 
     def is_moved_by(self, issue: _Issue) -> bool:
         """Whether a success of the current `issue` is news."""
@@ -166,19 +167,21 @@ class _Circuit:
         return True
 
 
-@attrs.define(eq=False)
 class _Waiter:
-    event: anyio.Event = attrs.field(factory=anyio.Event)
-    leads: bool = False
+    """Somebody who waits for a flight to land."""
+
+    def __init__(self) -> None:
+        self.event: anyio.Event = anyio.Event()
+        self.leads: bool = False
 
 
-@attrs.define(eq=False)
 class _Setback:
     """The last asking brought nothing new: nothing at all, or an error."""
 
-    until: float
-    error: Exception | None = attrs.field(default=None, repr=False)
-    traceback: TracebackType | None = attrs.field(default=None, repr=False)
+    def __init__(self, until: float, error: Exception | None = None, traceback: TracebackType | None = None) -> None:
+        self.until: float = until
+        self.error: Exception | None = error
+        self.traceback: TracebackType | None = traceback
 
     def reraise(self) -> None:
         if self.error is not None:
@@ -199,19 +202,19 @@ def _twin(error: Exception) -> Exception:
     return twin
 
 
-@attrs.define(eq=False)
 class _Flight:
     """One asking of the source, for all who wait for it on one event loop.
 
     One caller leads. Cancelled, it hands over to the next who waits, in O(1); the last one out ends the flight.
     """
 
-    auth: DualTokenAuth
-    loop: object
-    generation: int
-    asking: bool = True
-    setback: _Setback | None = None
-    waiters: OrderedDict[_Waiter, None] = attrs.field(factory=OrderedDict[_Waiter, None], repr=False)
+    def __init__(self, auth: DualTokenAuth, loop: object, generation: int) -> None:
+        self.auth: DualTokenAuth = auth
+        self.loop: object = loop
+        self.generation: int = generation
+        self.asking: bool = True
+        self.setback: _Setback | None = None
+        self.waiters: OrderedDict[_Waiter, None] = OrderedDict()
 
     def wake(self) -> None:
         """It is over, for all who wait."""

@@ -176,11 +176,11 @@ class Corridor:
             # Up front: what the caller does to it while the call waits is none of the call's.
             document = _codec().encode_json(given["json"])
         return Call(
-            corridor=self,
-            method=checked_method(method),
-            url=self.origin.resolve(given["path"]),  # up front too: what leads elsewhere waits for nothing
-            given=given,
-            settings=settings,
+            self,
+            checked_method(method),
+            self.origin.resolve(given["path"]),  # up front too: what leads elsewhere waits for nothing
+            given,
+            settings,
             into=into,
             reader=reader,
             streamed=streamed,
@@ -188,21 +188,47 @@ class Corridor:
         )
 
 
-@attrs.define(eq=False, kw_only=True, repr=False)
 class Call:
     """One call: what the user awaits. While it waits for its slot, little more than this exists of it."""
 
-    corridor: Corridor
-    method: str
-    url: httpx.URL
-    given: Quiet
-    settings: CallSettings
-    into: Any
-    reader: Reader | None
-    streamed: bool
-    document: bytes | None
-    record: ExchangeRecord = attrs.field(factory=ExchangeRecord)
-    request: httpx.Request | None = None
+    __slots__ = (
+        "corridor",
+        "document",
+        "given",
+        "into",
+        "method",
+        "reader",
+        "record",
+        "request",
+        "settings",
+        "streamed",
+        "url",
+    )
+
+    def __init__(
+        self,
+        corridor: Corridor,
+        method: str,
+        url: httpx.URL,
+        given: Quiet,
+        settings: CallSettings,
+        *,
+        into: Any,
+        reader: Reader | None,
+        streamed: bool,
+        document: bytes | None,
+    ) -> None:
+        self.corridor: Corridor = corridor
+        self.method: str = method
+        self.url: httpx.URL = url
+        self.given: Quiet = given
+        self.settings: CallSettings = settings
+        self.into: Any = into
+        self.reader: Reader | None = reader
+        self.streamed: bool = streamed
+        self.document: bytes | None = document
+        self.record: ExchangeRecord = ExchangeRecord()
+        self.request: httpx.Request | None = None
 
     async def run(self) -> Any:
         """The answer, read and below 400, or decoded where `into` was given; for a stream, an open response.

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import anyio
-import attrs
 import httpx
 
 from ._errors import AttemptInfo, LayerError, RequestInfo
@@ -52,7 +51,6 @@ class Passable(Protocol):
         ...
 
 
-@attrs.define(eq=False)
 class ExchangeRecord:
     """What is known of a call, kept across its attempts.
 
@@ -66,7 +64,7 @@ class ExchangeRecord:
     its last failure may be one of many like it. `fresh` asks the transport for a new connection, since an idle one has
     just turned out to be dead. `source_error` is what the source of the tokens raised: no matter of the API's, whatever
     its class. `gate` is where each attempt asks, `gate_limit` for how many seconds it may be shut, `turn` the number
-    that the last attempt got there; `scope` bounds the call.
+    that the last attempt got there; `scope` bounds the call. What is not set yet costs nothing: it is the class's.
     """
 
     bytes_written: int | None = None
@@ -76,18 +74,23 @@ class ExchangeRecord:
     info: RequestInfo | None = None
     phase: str = "queue"
     slot: Releasable | None = None
-    attempts: list[AttemptInfo] = attrs.field(factory=list)
+    attempts: list[AttemptInfo]
     maybe_processed: bool = False
     idempotent: bool | None = None
     is_patient: bool = False
     is_in_outage: Callable[[], bool] | None = None
     is_outage: bool = False
     fresh: bool = False
-    source_error: Exception | None = attrs.field(default=None, repr=False)
+    source_error: Exception | None = None
     gate: Passable | None = None
     gate_limit: float = math.inf
     turn: int = 0
     scope: anyio.CancelScope | None = None
+
+    def __init__(self, **known: Any) -> None:
+        self.attempts = []
+        if known:
+            self.__dict__.update(known)
 
     @classmethod
     def of(cls, request: Any) -> ExchangeRecord:
