@@ -175,6 +175,14 @@ class _TLS:
                     return
                 yield plain
 
+    def is_ahead(self) -> bool:
+        """Whether more than the handshake has come, session tickets apart: its bytes are lost then."""
+        try:
+            self.object.read(1)
+        except ssl.SSLError as exc:
+            return not isinstance(exc, ssl.SSLWantReadError)
+        return True
+
     def encrypt(self, data: bytes | memoryview) -> bytes:
         """The records that carry `data`. Raises `ssl.SSLError`."""
         if len(data) <= RECORD:
@@ -542,6 +550,8 @@ class WireConnection:
         self._push(tls.outgoing.read())
         self._reader.begin(IDLE)
         self._lower, self._tls = self._tls, tls
+        if tls.is_ahead():
+            raise httpcore.RemoteProtocolError("the server spoke before it was asked (RFC 9112 section 9.2)")
 
     async def _receive(self) -> bytes:
         """What came, before there is any HTTP; no bytes at the end."""

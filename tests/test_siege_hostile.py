@@ -39,9 +39,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.promise]
 
 PAIR = TokenPair("hostile-token-one", "hostile-token-two")
 AGAIN = RetryPolicy(backoff_initial=0.001, backoff_max=0.001)
-NOT_YET = {  # what the wire on asyncio does not do yet
-    "stray: before the request": "what comes within the last packet of the TLS handshake is taken for the answer",
-}
 WITH_TLS = {"cut", "stray"}  # the groups in which TLS makes a difference
 
 
@@ -56,9 +53,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         f"{case.id}, {kind}, {way}": pytest.param(
             *(case, kind, way in ("trio", "portable"), way),
             "trio" if way == "trio" else "asyncio",
-            marks=[pytest.mark.xfail(strict=True, reason=NOT_YET[case.id])]
-            if case.id in NOT_YET and way not in ("trio", "portable")
-            else [],
         )
         for case in CASES
         for kind in case.kinds

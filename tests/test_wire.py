@@ -27,7 +27,7 @@ from layer_async import _wire
 from layer_async._exchange import ExchangeRecord
 from layer_async._wire import Answer, Proxy, WireConnection, is_on_asyncio
 
-from .faultserver import Exchange, FaultServer, client_context
+from .faultserver import Exchange, FaultServer, client_context, server_context
 from .test_siege_pool import acting_at, open_sockets
 
 pytestmark = pytest.mark.anyio
@@ -1192,3 +1192,22 @@ async def test_it_runs_in_a_task_of_asyncio(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_runs_nowhere_else() -> None:
     assert not is_on_asyncio()
+
+
+@pytest.mark.parametrize(("extra", "is_ahead"), [("nothing", False), ("data", True), ("garbage", True)])
+def test_what_comes_with_the_end_of_the_handshake_is_noticed(extra: str, is_ahead: bool) -> None:
+    ours = _wire._TLS(client_context(), "localhost")
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    theirs = server_context().wrap_bio(incoming, outgoing, server_side=True)
+    for _ in range(4):
+        for end, source, to in ((ours.object, ours.outgoing, incoming), (theirs, outgoing, ours.incoming)):
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+            to.write(source.read())
+    assert not ours.is_ahead()
+    if extra == "data":
+        theirs.write(b"HTTP/1.1 200 OK")
+        ours.incoming.write(outgoing.read())
+    elif extra == "garbage":
+        ours.incoming.write(b"no record of TLS at all")
+    assert ours.is_ahead() is is_ahead
