@@ -51,8 +51,8 @@ def test_the_fastapi_block_serves(sandbox_url: str) -> None:
         assert http.post("/customers/42/visits").status_code == 202
 
 
-def test_the_readme_has_five_examples_and_two_set_up_commands() -> None:
-    assert len(BLOCKS) == 5
+def test_the_readme_has_eight_examples_and_two_set_up_commands() -> None:
+    assert len(BLOCKS) == 8
     commands = re.findall(r"^```sh\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
     assert len(commands) == 2
     assert all(command.count("\n") == 1 for command in commands)
