@@ -193,7 +193,7 @@ class Lane:
         self, adapter: PoolAdapter, request: httpx.Request, record: ExchangeRecord, limit: int | None, started: float
     ) -> httpx.Response:
         stream, extensions = request.stream, request.extensions
-        if not isinstance(stream, httpx.AsyncByteStream):
+        if not isinstance(stream, httpx.AsyncByteStream):  # pragma: no cover - only a middleware could put one there
             raise RuntimeError("Attempted to send an sync request with an AsyncClient instance.")
         slot: Slot | None = None
         try:
@@ -215,7 +215,7 @@ class Lane:
             else:
                 content = raw
         except BaseException as exc:
-            if slot is not None:
+            if slot is not None:  # pragma: no branch - a closed pool or a cancel came before there was one
                 free(slot, record)
                 raise_if_revoked(slot, exc)
             if not isinstance(exc, Exception):
