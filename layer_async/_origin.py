@@ -76,9 +76,7 @@ class Origin(Value):
     def admits(self, url: httpx.URL) -> bool:
         """Whether `url` is at this origin."""
         base = self._base
-        if (
-            base is not None
-        ):  # pragma: no branch - where httpx has another shape. Made by `resolve`, it shares its parts with the base URL
+        if base is not None:  # pragma: no branch - else httpx has another shape
             ours, its = base._uri_reference, url._uri_reference
             if its.host is ours.host and its.scheme is ours.scheme and its.port == ours.port:
                 return True
