@@ -19,15 +19,13 @@ import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import anyio.lowlevel
-import httpcore
 import httpx
 from httpx._exceptions import request_context
-from httpx._transports.default import map_httpcore_exceptions
+from httpx._transports.default import AsyncResponseStream, map_httpcore_exceptions
 
 from ._auth import DualTokenAuth
-from ._coding import Decoder, decode_bounded, read_bounded
-from ._errors import BODY_LIMIT, MalformedResponseError
+from ._coding import decode_bounded, read_bounded
+from ._errors import BODY_LIMIT
 from ._exchange import ExchangeRecord, QuietRequest
 from ._origin import Origin
 from ._seams import Seam, are_untouched
@@ -36,7 +34,6 @@ from ._transport import AnswerStream, HTTPClient, LayerTransport, PoolAdapter, f
 
 if TYPE_CHECKING:
     from ._pool import Slot
-    from ._wire import Answer
 
 __all__ = ["Lane"]
 
@@ -57,8 +54,6 @@ TRANSPORT_SEAM = Seam(LayerTransport, "handle_async_request")
 BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})  # httpx says Content-Length: 0 for the others
 NO_BODY = httpx.ByteStream(b"")
 AT_ONCE = 2**20  # a body of this size is decoded without giving others their turn
-FAIR_SHARE = 16  # pieces between two turns of others
-BROKEN_OFF = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError)
 
 _log = logging.getLogger("httpx")
 
@@ -75,9 +70,9 @@ class Lane:
         self._headers = headers
         self._mounted = (*http._mounts.values(),)
         self._default_transport = http._transport
-        transport = http._transport_for_url(httpx.URL(str(origin)))
-        self._transport = transport if type(transport) is LayerTransport else None
         url = httpx.URL(str(origin))
+        transport = http._transport_for_url(url)
+        self._transport = transport if type(transport) is LayerTransport else None
         self._scheme, self._host, self._port = url.raw_scheme, url.raw_host, origin.port or 0
         self._seen: list[HeaderEntry] | None = None
         self._entries: list[HeaderEntry] = []
@@ -168,32 +163,36 @@ class Lane:
     async def _send(self, request: httpx.Request, record: ExchangeRecord, limit: int | None) -> httpx.Response:
         started = time.perf_counter()
         transport: Any = self._transport
-        if TRANSPORT_SEAM.is_untouched() and TRANSPORT_SEAM.name not in transport.__dict__:
-            adapter: PoolAdapter = transport._pool
-            if adapter.is_untouched and adapter.is_wired(self._scheme, request.extensions):
-                return await self._send_on_wire(adapter, request, record, limit, started)
-        with request_context(request=request):
-            response: httpx.Response = await transport.handle_async_request(request)
-        response.request = request
+        adapter: PoolAdapter = transport._pool
+        if (
+            TRANSPORT_SEAM.is_untouched()
+            and TRANSPORT_SEAM.name not in transport.__dict__
+            and adapter.is_untouched
+            and adapter.is_wired(self._scheme, request.extensions)
+        ):
+            response = await self._send_on_wire(adapter, request, record)
+        else:
+            with request_context(request=request):
+                response = await transport.handle_async_request(request)
+            response.request = request
         response.default_encoding = self._http._default_encoding
-        try:
-            if _take_whole(response, limit):
-                pass
-            elif response.status_code >= 400:
-                await read_bounded(response, BODY_LIMIT, truncate=True)
-            else:
-                await read_bounded(response, limit)
-        except BaseException:
-            await response.aclose()
-            raise
+        if not _take_whole(response, limit):
+            try:
+                if response.status_code >= 400:
+                    await read_bounded(response, BODY_LIMIT, truncate=True)
+                else:
+                    await read_bounded(response, limit)
+            except BaseException:
+                await response.aclose()
+                raise
         response.elapsed = datetime.timedelta(seconds=time.perf_counter() - started)
         return response
 
     async def _send_on_wire(
-        self, adapter: PoolAdapter, request: httpx.Request, record: ExchangeRecord, limit: int | None, started: float
+        self, adapter: PoolAdapter, request: httpx.Request, record: ExchangeRecord
     ) -> httpx.Response:
         stream, extensions = request.stream, request.extensions
-        if not isinstance(stream, httpx.AsyncByteStream):  # pragma: no cover - only a middleware could put one there
+        if not isinstance(stream, httpx.AsyncByteStream):
             raise RuntimeError("Attempted to send an sync request with an AsyncClient instance.")
         slot: Slot | None = None
         try:
@@ -207,69 +206,41 @@ class Lane:
                 record,
                 extensions["timeout"],
             )
-            entries = [(name, name.lower(), value) for name, value in answer.headers]
-            codings = [value for _, name, value in entries if name == b"content-encoding"]
-            raw = answer.body
-            if raw is None or codings or len(raw) > (BODY_LIMIT if limit is None else limit) or answer.status >= 400:
-                raw, content = await _read(answer, b",".join(codings).decode("latin-1"), limit)
-            else:
-                content = raw
         except BaseException as exc:
-            if slot is not None:  # pragma: no branch - a closed pool or a cancel came before there was one
+            if slot is not None:
                 free(slot, record)
                 raise_if_revoked(slot, exc)
             if not isinstance(exc, Exception):
                 raise
             with request_context(request=request), map_httpcore_exceptions():
                 raise
-        if connection.is_reusable():
-            slot.give_back()
-            record.slot = None
-        else:
-            free(slot, record)
-        response = _response(request, answer, entries, raw, content, connection.network_stream)
-        response.default_encoding = self._http._default_encoding
-        response._elapsed = datetime.timedelta(seconds=time.perf_counter() - started)
-        return response
+        return _response(request, answer, AnswerStream(answer, connection, slot, record), connection.network_stream)
 
 
 def _take_whole(response: httpx.Response, limit: int | None) -> bool:
-    """Make a read response of one whose whole body is there, as it is; httpx would go through four generators."""
+    """Make a read response of one whose whole body is there; httpx would go through four generators.
+
+    What is large, or was not sent by a connection of ours, is left to them. Raises what `read_bounded` raises.
+    """
     stream = getattr(response.stream, "_httpcore_stream", None)
-    raw = stream.whole if type(stream) is AnswerStream and response.status_code < 400 else None
-    if raw is None or len(raw) > (BODY_LIMIT if limit is None else limit) or "content-encoding" in response.headers:
+    raw = stream.whole if type(stream) is AnswerStream else None
+    if raw is None or len(raw) > AT_ONCE:
         return False
     assert isinstance(stream, AnswerStream)
     stream.close()
+    truncate = response.status_code >= 400
+    bound = BODY_LIMIT if truncate else sys.maxsize if limit is None else limit
+    codings = b",".join([value for _, name, value in response.headers._list if name == b"content-encoding"])
+    if not codings and len(raw) <= bound:
+        content = raw
+    else:
+        with request_context(request=response.request):
+            content = decode_bounded(raw, codings.decode("latin-1"), bound, truncate=truncate)
     response.is_closed = response.is_stream_consumed = True
     response.stream = httpx.ByteStream(raw)
-    response._content = raw
+    response._content = content
     response._num_bytes_downloaded = len(raw)
     return True
-
-
-async def _read(answer: Answer, codings: str, limit: int | None) -> tuple[bytes, bytes]:
-    """The body of `answer`, as it came and decoded; see `read_bounded`."""
-    truncate = answer.status >= 400
-    bound = BODY_LIMIT if truncate else sys.maxsize if limit is None else limit
-    raw = answer.body
-    if raw is not None and len(raw) <= AT_ONCE:
-        return raw, decode_bounded(raw, codings, bound, truncate=truncate)
-    decoder = Decoder(codings, bound)
-    came: list[bytes] = []
-    parts: list[bytes] = []
-    try:
-        async for piece in answer:
-            came.append(piece)
-            for part in decoder.feed(piece):
-                parts.append(part)
-                if len(parts) % FAIR_SHARE == 0:
-                    await anyio.lowlevel.checkpoint()
-        decoder.finish()
-    except (*BROKEN_OFF, httpx.DecodingError, MalformedResponseError):
-        if not truncate:
-            raise
-    return b"".join(came), b"".join(parts)
 
 
 def _headers(entries: list[HeaderEntry]) -> httpx.Headers:
@@ -295,14 +266,12 @@ def _request(
     return request
 
 
-def _response(
-    request: httpx.Request, answer: Any, entries: list[HeaderEntry], raw: bytes, content: bytes, network_stream: Any
-) -> httpx.Response:
-    """What httpx makes of an answer that has been read."""
+def _response(request: httpx.Request, answer: Any, stream: Any, network_stream: Any) -> httpx.Response:
+    """What httpx makes of an answer that has not been read."""
     response = httpx.Response.__new__(httpx.Response)
     response.__dict__.update(
         status_code=answer.status,
-        headers=_headers(entries),
+        headers=_headers([(name, name.lower(), value) for name, value in answer.headers]),
         _request=request,
         next_request=None,
         extensions={
@@ -311,12 +280,11 @@ def _response(
             "network_stream": network_stream,
         },
         history=[],
-        is_closed=True,
-        is_stream_consumed=True,
+        is_closed=False,
+        is_stream_consumed=False,
         default_encoding="utf-8",
-        stream=httpx.ByteStream(raw),
-        _num_bytes_downloaded=len(raw),
-        _content=content,
+        stream=AsyncResponseStream(stream),
+        _num_bytes_downloaded=0,
     )
     return response
 
@@ -324,12 +292,13 @@ def _response(
 @functools.cache
 def fits() -> bool:
     """Whether the installed httpx makes requests and responses of the shape that this room gives them."""
+    stream = httpx.ByteStream(b"")
     request = httpx.Request("GET", "https://host.invalid/", content=b"")
-    response = httpx.Response(200, content=b"", request=request)
-    response.elapsed = datetime.timedelta()
-    ours = _request("GET", request.url, [], b"", {})
+    response = httpx.Response(200, stream=stream, request=request)
     answer = types.SimpleNamespace(status=200, headers=[], http_version=b"", reason=b"")
-    read = _response(ours, answer, [], b"", b"", None)
-    read.elapsed = datetime.timedelta()
-    # A decoder is made when one is asked for.
-    return vars(request).keys() == vars(ours).keys() and vars(response).keys() - {"_decoder"} == vars(read).keys()
+    ours = _request("GET", request.url, [], b"", {})
+    return (
+        vars(request).keys() == vars(ours).keys()
+        and vars(response).keys() == vars(_response(ours, answer, stream, None)).keys()
+        and hasattr(AsyncResponseStream(stream), "_httpcore_stream")
+    )
