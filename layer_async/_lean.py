@@ -161,6 +161,8 @@ class Lane:
             request = following
 
     async def _send(self, request: httpx.Request, record: ExchangeRecord, limit: int | None) -> httpx.Response:
+        if not isinstance(request.stream, httpx.AsyncByteStream):
+            raise RuntimeError("Attempted to send an sync request with an AsyncClient instance.")
         started = time.perf_counter()
         transport: Any = self._transport
         adapter: PoolAdapter = transport._pool
@@ -191,9 +193,8 @@ class Lane:
     async def _send_on_wire(
         self, adapter: PoolAdapter, request: httpx.Request, record: ExchangeRecord
     ) -> httpx.Response:
-        stream, extensions = request.stream, request.extensions
-        if not isinstance(stream, httpx.AsyncByteStream):
-            raise RuntimeError("Attempted to send an sync request with an AsyncClient instance.")
+        stream: Any = request.stream
+        extensions = request.extensions
         slot: Slot | None = None
         try:
             slot = await adapter.slot(record, extensions)

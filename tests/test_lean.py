@@ -9,15 +9,16 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpcore
 import httpx
 import pytest
 
-from layer_async import AsyncLayerClient, LayerError, RetryPolicy, TokenPair
+from layer_async import APITimeoutError, AsyncLayerClient, LayerError, RetryPolicy, TokenPair
 from layer_async import _lean as lean
 from layer_async._seams import Seam
 
@@ -394,6 +395,64 @@ async def test_both_ways_raise_equal_errors(fault: str, method: str, monkeypatch
                 touch: Any = TOUCHES["send, on the class"]
                 touch(client, monkeypatch, [])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("way", ["short", "whole"])
+async def test_a_body_for_synchronous_clients_is_refused_as_httpx_refuses_it(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Blocking(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"x"
+
+    async def swap(request: httpx.Request, call_next: Any) -> httpx.Response:
+        request.stream = Blocking()
+        response: httpx.Response = await call_next(request)
+        return response
+
+    if way == "whole":
+        on_class(httpx.AsyncClient, "_send_single_request")(None, monkeypatch, [])  # type: ignore[arg-type]
+    with FaultServer() as server, short_way() as taken:
+        async with make(server, middleware=[swap]) as client:
+            with pytest.raises(RuntimeError, match="Attempted to send an sync request"):
+                await client.post("/ok/1", content=b"y")
+            assert client.pool.stats.in_use == 0
+    assert server.record.requests == []
+    assert len(taken) == (way == "short")
+
+
+async def test_a_call_that_gets_no_slot_after_a_refresh_times_out_and_holds_none() -> None:
+    taken, pairs = anyio.Event(), iter([PAIR, TokenPair("lean-second-one", "lean-second-two")])
+
+    async def source() -> TokenPair:
+        pair = next(pairs)
+        if pair is not PAIR:
+            await taken.wait()  # meanwhile the other call takes the only slot
+        return pair
+
+    def refuse(ex: Exchange) -> None:
+        ex.respond(status="401 Unauthorized")
+
+    async with AsyncExitStack() as stack:
+        server = stack.enter_context(FaultServer())
+        server.behaviours["refuse"] = refuse
+        limits, timeout = httpx.Limits(max_connections=1), httpx.Timeout(5.0, pool=0.001)
+        client = await stack.enter_async_context(
+            make(server, tokens=source, limits=limits, timeout=timeout, retry=None)
+        )
+        tasks = await stack.enter_async_context(anyio.create_task_group())
+
+        async def hold() -> None:
+            async with client.stream("GET", "/ok/1"):
+                taken.set()
+                await anyio.sleep_forever()
+
+        tasks.start_soon(hold)  # it begins once the other waits for its answer
+        with pytest.raises(APITimeoutError) as caught:
+            await client.get("/refuse/1")
+        assert caught.value.phase == "pool"
+        tasks.cancel_scope.cancel()
+    assert client.pool.stats.in_use == client.pool.stats.waiting == 0
 
 
 def test_only_a_librarys_own_plain_function_counts_as_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
