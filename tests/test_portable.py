@@ -453,7 +453,7 @@ async def test_a_handshake_that_is_cut_is_a_connect_error() -> None:
             group.start_soon(hang_up)
             with pytest.raises(httpcore.ConnectError) as caught:
                 await call(connection, url)
-        assert isinstance(caught.value.__cause__, ssl.SSLEOFError)
+        assert isinstance(caught.value.__cause__, ssl.SSLError)  # which of them differs with OpenSSL
         connection.close()
 
 

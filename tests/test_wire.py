@@ -677,18 +677,14 @@ async def test_a_handshake_that_does_not_go_on_times_out() -> None:
 
 
 async def test_a_handshake_that_fails_is_a_connect_error() -> None:
-    def reset(sock: socket.socket) -> None:
-        sock.recv(65536)
-        Exchange.reset.__get__(type("E", (), {"sock": sock}))()
-
-    for answer, cause in (
-        (lambda sock: sock.recv(65536), ssl.SSLEOFError),
-        (lambda sock: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), ssl.SSLError),
+    for answer in (
+        lambda sock: sock.recv(65536),
+        lambda sock: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
     ):
         with listening(answer) as server, connection_to(server) as connection:
             with pytest.raises(httpcore.ConnectError) as caught:
                 await call(connection, "/ok")
-            assert isinstance(caught.value.__cause__, cause)
+            assert isinstance(caught.value.__cause__, ssl.SSLError)  # which of them differs with OpenSSL
 
 
 async def test_a_handshake_that_is_reset_is_a_connect_error() -> None:
