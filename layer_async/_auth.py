@@ -35,7 +35,7 @@ from ._errors import (
 )
 from ._exchange import EXTENSION, ExchangeRecord, is_replayable
 from ._origin import MaskedHeaders, Origin, carries_tokens, strip_tokens
-from ._tokens import TokenPair, TokenSource, tokens_flaw
+from ._tokens import HeaderEntry, TokenPair, TokenSource, tokens_flaw
 
 SETBACK_SECONDS = 1.0  # so long is a source left alone that raised or had nothing new
 PROBE_SECONDS = 30.0  # so often is one call let through an open circuit
@@ -314,6 +314,7 @@ class DualTokenAuth(httpx.Auth):
         turn = self.begin() or await self.wait_to_begin(request)
         following: httpx.Request | None = request
         while following is not None:
+            self.draw(turn)
             self.attach(turn, following)
             response = yield following
             if response.status_code not in (401, 403):
@@ -337,20 +338,33 @@ class DualTokenAuth(httpx.Auth):
         turn.is_probe = self._circuit.error is not None and self._enter_open_circuit(request)
         return turn
 
-    def attach(self, turn: Turn, request: httpx.Request) -> None:
-        """Put the current pair on `request`, which goes to the origin."""
+    def draw(self, turn: Turn) -> tuple[HeaderEntry, ...]:
+        """What the next request of `turn` carries: the pair of now."""
         turn.issue = issue = self._issue
-        request.headers = MaskedHeaders(request, cast(TokenPair, issue.pair), self.origin)
+        return cast(TokenPair, issue.pair).entries
+
+    def attach(self, turn: Turn, request: httpx.Request) -> None:
+        """Put what was drawn on `request`, which goes to the origin."""
+        request.headers = MaskedHeaders(request, cast(TokenPair, turn.issue.pair), self.origin)
 
     def conclude(self, turn: Turn, response: httpx.Response) -> None:
         """Take note of an answer that is neither 401 nor 403; nothing follows."""
+        if self._is_news(turn) and response.is_success and carries_tokens(response.request):
+            self._meet_success(turn)
+
+    def succeed(self, turn: Turn) -> None:
+        """Take note of a success of what was drawn."""
+        if self._is_news(turn):
+            self._meet_success(turn)
+
+    def _is_news(self, turn: Turn) -> bool:
         issue = turn.issue
-        is_current = issue is self._issue
-        if is_current and not self._circuit.is_moved_by(issue):
-            return
-        if response.is_success and carries_tokens(response.request):
-            meet = self._circuit.meet_success if is_current else self._circuit.meet_late_success
-            meet(issue.generation)
+        return issue is not self._issue or self._circuit.is_moved_by(issue)
+
+    def _meet_success(self, turn: Turn) -> None:
+        issue = turn.issue
+        meet = self._circuit.meet_success if issue is self._issue else self._circuit.meet_late_success
+        meet(issue.generation)
 
     async def follow_up(self, turn: Turn, response: httpx.Response, *, sent: httpx.Request) -> httpx.Request | None:
         """What is to be sent after a 401 or 403 to `sent`, if anything; where that is so, the answer has been read."""

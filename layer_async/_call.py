@@ -1,19 +1,20 @@
 """One call, top to bottom: the corridor that joins the other rooms, each step knowing only the next.
 
     run          open the deadline scope, make the error tree, tell the observer
-      _respond     wait for the first slot, only then build the request; the user's middleware
-        RetryMiddleware
-          _attempt   gate, slot, httpx send (DualTokenAuth attaches the tokens), same-origin redirects, read, classify
+      _value       wait for the first slot; then, where nobody could see a request, the first attempt without one
+        _respond     build the request; the user's middleware
+          RetryMiddleware
+            _attempt   gate, slot, httpx send (DualTokenAuth attaches the tokens), same-origin redirects, read, classify
 
 Rules: a call holds at most one slot, and none while it sleeps, refreshes tokens or waits at the gate; whatever ends a
 call, its slot is free when the call returns, without an await. There is no second path: verbs, stream, bulk and the
-command line all come through here.
+command line all come through here; and an attempt that was made without a request, but did not end the call, is judged
+where all others are, as the first of that loop.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ import httpx
 from ._auth import DualTokenAuth
 from ._bulk import ItemRecord, current_item
 from ._coding import bound_body, read_bounded
+from ._deadline import Scopes
 from ._errors import (
     BODY_LIMIT,
     AuthenticationError,
@@ -81,10 +83,24 @@ class Lane(Protocol):
         """A request without anything of its own but a document; None where httpx has to build it."""
         ...
 
+    def draw(self, auth: DualTokenAuth, method: str, document: bytes | None) -> Any:
+        """A turn for an attempt without a request, where that can be made now."""
+        ...
+
+    async def send(self, turn: Any, call: Any) -> Any:
+        """That attempt."""
+        ...
+
+    def answered(
+        self, request: httpx.Request, sent: Any, record: ExchangeRecord, auth: DualTokenAuth
+    ) -> httpx.Response:
+        """Its answer."""
+        ...
+
     async def exchange(
         self, request: httpx.Request, record: ExchangeRecord, auth: DualTokenAuth, limit: int | None
     ) -> httpx.Response:
-        """The answer to it, read."""
+        """The answer to a request, read; to one that was sent before it existed, too."""
         ...
 
     def with_headers(self, headers: httpx.Headers) -> Self:
@@ -160,6 +176,7 @@ class Corridor:
     observer: Observer
     is_closed: Callable[[], bool]
     live: set[anyio.CancelScope]
+    scopes: Scopes = attrs.field(factory=Scopes)
 
     def begin(
         self, method: str, given: Quiet, *, into: Any = None, reader: Reader | None = None, streamed: bool = False
@@ -175,10 +192,14 @@ class Corridor:
         if given.get("json") is not None:
             # Up front: what the caller does to it while the call waits is none of the call's.
             document = _codec().encode_json(given["json"])
+        target = self.origin.target(given["path"])
         return Call(
             self,
             checked_method(method),
-            self.origin.resolve(given["path"]),  # up front too: what leads elsewhere waits for nothing
+            target,
+            self.origin.resolve(given["path"])
+            if target is None
+            else None,  # up front too: what leads elsewhere waits for nothing
             given,
             settings,
             into=into,
@@ -192,6 +213,7 @@ class Call:
     """One call: what the user awaits. While it waits for its slot, little more than this exists of it."""
 
     __slots__ = (
+        "_url",
         "corridor",
         "document",
         "given",
@@ -201,15 +223,17 @@ class Call:
         "record",
         "request",
         "settings",
+        "status",
         "streamed",
-        "url",
+        "target",
     )
 
     def __init__(
         self,
         corridor: Corridor,
         method: str,
-        url: httpx.URL,
+        target: bytes | None,
+        url: httpx.URL | None,
         given: Quiet,
         settings: CallSettings,
         *,
@@ -220,7 +244,9 @@ class Call:
     ) -> None:
         self.corridor: Corridor = corridor
         self.method: str = method
-        self.url: httpx.URL = url
+        self.target: bytes | None = target
+        self._url: httpx.URL | None = url
+        self.status: int | None = None
         self.given: Quiet = given
         self.settings: CallSettings = settings
         self.into: Any = into
@@ -245,20 +271,15 @@ class Call:
         else:  # a task that was begun for an item, and outlives it, is nobody's
             item = None
         started = time.perf_counter()
-        deadline = math.inf if settings.deadline is None else anyio.current_time() + settings.deadline
-        scope = anyio.CancelScope(deadline=deadline)
+        scope = self.corridor.scopes.after(settings.deadline)
         record.gate, record.scope = self.corridor.identity.gate, scope
-        status: int | None = None
         error: str | None = None
         value: Any = None
         done = False
         self.corridor.live.add(scope)
         try:
             with scope:
-                response = await self._translated()
-                status = response.status_code
-                self._raise_for_status(response)
-                value = response if self._gives_response else self._decode(response)
+                value = await self._value()
                 done = True
             if not done:
                 raise self._ended_early()
@@ -278,8 +299,18 @@ class Call:
                 self._report(item, done=done)
             if hears_all(self.corridor.observer):
                 elapsed = time.perf_counter() - started
-                notify(self.corridor.observer, CallFinished(self.info, status, error, len(record.attempts), elapsed))
+                notify(
+                    self.corridor.observer, CallFinished(self.info, self.status, error, len(record.attempts), elapsed)
+                )
         return value
+
+    @property
+    def url(self) -> httpx.URL:
+        """Where it goes."""
+        url = self._url
+        if url is None:
+            url = self._url = self.corridor.origin.resolve(self.given["path"])
+        return url
 
     @property
     def info(self) -> RequestInfo:
@@ -318,20 +349,70 @@ class Call:
 
     # The steps
 
-    async def _translated(self) -> httpx.Response:
+    async def _value(self) -> Any:
+        """What the call gives. Raises errors of the tree only, but for those of the user's own hooks."""
         try:
-            return await self._respond()
+            corridor = self.corridor
+            if not corridor.middleware and corridor.pool is not None:
+                # A middleware needs a request, and may wait for other calls of this client, so that it must not hold a
+                # slot: with one, calls build their requests and queue then.
+                if not self._is_admitted(corridor.pool):
+                    await self._admit()
+                if corridor.lane is not None and self._is_simple():
+                    turn = corridor.lane.draw(corridor.identity.auth, self.method, self.document)
+                    if turn is not None:
+                        self.record.sent = sent = await corridor.lane.send(turn, self)
+                        if sent.body(self.settings.max_response_bytes) is not None:
+                            return self._concluded(corridor.lane, sent)
+            response = await self._respond()
         except (httpx.RequestError, httpx.InvalidURL) as exc:
             if exc is self.record.source_error:
                 raise
             raise_translated(exc, self._context())
+        self.status = response.status_code
+        self._raise_for_status(response)
+        return self._of(response)
+
+    def _is_simple(self) -> bool:
+        """Whether there is nothing about it that takes an httpx.Request to say."""
+        return (
+            self.target is not None
+            and not self.streamed
+            and self.corridor.classify is None
+            and self.given.keys().isdisjoint(PECULIAR)
+        )
+
+    def _concluded(self, lane: Lane, sent: Any) -> Any:
+        """What the call gives whose first attempt was `sent` without a request, and answered with all that there is."""
+        record, identity = self.record, self.corridor.identity
+        record.sent = None
+        self.status = sent.answer.status
+        if identity.gate is not None:
+            identity.gate.hear(sent.answer.headers)
+        identity.auth.succeed(sent.turn)
+        if hears_all(self.corridor.observer):
+            record.info = self.info
+        identity.retry(self.settings.retry).succeed(None, record, sent.answer.status)
+        if self._gives_response or self.reader is not None:
+            return self._of(self._response_to(lane, sent))
+        sent.release(record)
+        try:
+            return _codec().decode_bytes(sent.answer.body, self.into)
+        except ResponseDecodeError:
+            return self._of(self._response_to(lane, sent))  # that error tells more
+
+    def _response_to(self, lane: Lane, sent: Any) -> httpx.Response:
+        self.request = request = self._build()
+        request.extensions[EXTENSION] = self.record
+        return lane.answered(request, sent, self.record, self.corridor.identity.auth)
+
+    def _of(self, response: httpx.Response) -> Any:
+        if self._gives_response:
+            return response
+        return self.reader(response) if self.reader is not None else _codec().decode(response, self.into)
 
     async def _respond(self) -> httpx.Response:
         corridor = self.corridor
-        if not corridor.middleware and corridor.pool is not None:
-            # A middleware needs a request, and may wait for other calls of this client, so that it must not hold a
-            # slot: with one, calls build their requests and queue then.
-            await self._admit()
         self.request = request = self._build()
         request.extensions[EXTENSION] = self.record
         retry = corridor.identity.retry(self.settings.retry)
@@ -381,6 +462,18 @@ class Call:
             content["headers"].setdefault("Content-Type", "application/json")
         return content
 
+    def _is_admitted(self, pool: ConnectionPool) -> bool:
+        """Take a slot, where neither gate nor queue has to be waited for."""
+        record, gate = self.record, self.corridor.identity.gate
+        if gate is None or gate.is_off:
+            self._be_open()
+            record.slot = pool.acquire_nowait()
+        return record.slot is not None
+
+    def _be_open(self) -> None:
+        if self.corridor.is_closed():
+            raise ClientClosedError("the client is closed.")
+
     async def _admit(self) -> None:
         """Wait at the gate while it is shut, then for a slot; no slot is held at the gate."""
         record, gate, pool = self.record, self.corridor.identity.gate, self.corridor.pool
@@ -388,8 +481,7 @@ class Call:
             asked = gate is not None and not gate.is_off
             if asked:
                 await record.pass_gate()
-            if self.corridor.is_closed():
-                raise ClientClosedError("the client is closed.")
+            self._be_open()
             if pool is None:
                 return
             record.phase = "queue"
@@ -399,12 +491,15 @@ class Call:
 
     async def _attempt(self, request: httpx.Request) -> httpx.Response:
         record, corridor = self.record, self.corridor
-        if record.slot is None:
-            await self._admit()
-        record.phase = "read" if corridor.pool is None else "connect"
+        if record.sent is None:
+            if record.slot is None:
+                await self._admit()
+            record.phase = "read" if corridor.pool is None else "connect"
         response: httpx.Response | None = None
         lane = corridor.lane
-        is_read = lane is not None and not self.streamed and corridor.origin.admits(request.url) and lane.is_open
+        is_read = record.sent is not None or (
+            lane is not None and not self.streamed and corridor.origin.admits(request.url) and lane.is_open
+        )
         try:
             if is_read:
                 assert lane is not None
@@ -413,7 +508,7 @@ class Call:
             else:
                 response = await self._send(request)
             if corridor.identity.gate is not None:
-                corridor.identity.gate.hear(response.headers)
+                corridor.identity.gate.hear(response.headers.raw)
             while corridor.follow_redirects and self._may_follow(response):
                 history = [*response.history, response]
                 assert response.next_request is not None
@@ -489,7 +584,7 @@ class Call:
             item.outage = error
 
     def _is_safe(self) -> bool:
-        headers = None if self.request is None else self.request.headers
+        headers = self.corridor.headers if self.request is None else self.request.headers
         return is_safe_to_repeat(self.method, self.record, headers=headers)
 
     # What the user gets instead of an answer
@@ -517,11 +612,6 @@ class Call:
     @property
     def _gives_response(self) -> bool:
         return self.into is None and self.reader is None
-
-    def _decode(self, response: httpx.Response) -> Any:
-        if self.reader is not None:
-            return self.reader(response)
-        return _codec().decode(response, self.into)
 
     def _ended_early(self) -> LayerError:
         """The scope was cancelled: by its deadline, or by the closing of the client."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import email.utils
 import math
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
@@ -64,7 +65,8 @@ class ExchangeRecord:
     its last failure may be one of many like it. `fresh` asks the transport for a new connection, since an idle one has
     just turned out to be dead. `source_error` is what the source of the tokens raised: no matter of the API's, whatever
     its class. `gate` is where each attempt asks, `gate_limit` for how many seconds it may be shut, `turn` the number
-    that the last attempt got there; `scope` bounds the call. What is not set yet costs nothing: it is the class's.
+    that the last attempt got there; `scope` bounds the call. `started` is when the attempt began. `sent` is a first
+    attempt that was made before there was a request. What is not set yet costs nothing: it is the class's.
     """
 
     bytes_written: int | None = None
@@ -86,6 +88,8 @@ class ExchangeRecord:
     gate_limit: float = math.inf
     turn: int = 0
     scope: anyio.CancelScope | None = None
+    started: float = 0.0
+    sent: Any = None
 
     def __init__(self, **known: Any) -> None:
         self.attempts = []
@@ -104,6 +108,7 @@ class ExchangeRecord:
         """Forget what the transport wrote for the attempt before."""
         self.bytes_written = self.response_started = self.head_received = self.reused = None
         self.is_outage = False
+        self.started = time.perf_counter()
 
     def release_slot(self) -> None:
         """Give the slot back, if one is held; synchronous."""

@@ -5,7 +5,8 @@ function replaced (on a class or an object, before or after our import), no hook
 log. That is asked anew for each attempt. Else the request goes through `httpx.AsyncClient.send`, or, where only the
 transport was touched, through that. On each way answers and errors are the same: real `httpx.Response`s, httpx's own
 exceptions. Requests and responses are made without httpx's constructors, of which most asks what is known here: where
-those make objects of another shape than this room does, the way stays shut.
+those make objects of another shape than this room does, the way stays shut. A first attempt of which nobody could see
+the request is made without one; whoever wants to see it afterwards is given what was sent.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import sys
 import time
 import types
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import httpx
 from httpx._exceptions import request_context
 from httpx._transports.default import AsyncResponseStream, map_httpcore_exceptions
 
-from ._auth import DualTokenAuth
+from ._auth import DualTokenAuth, Turn
 from ._coding import decode_bounded, read_bounded
 from ._errors import BODY_LIMIT
 from ._exchange import ExchangeRecord, QuietRequest
@@ -33,7 +34,9 @@ from ._tokens import HeaderEntry
 from ._transport import AnswerStream, HTTPClient, LayerTransport, PoolAdapter, free, raise_if_revoked
 
 if TYPE_CHECKING:
+    from ._framing import Field
     from ._pool import Slot
+    from ._wire import Answer, WireConnection
 
 __all__ = ["Lane"]
 
@@ -53,9 +56,52 @@ TRANSPORT_SEAM = Seam(LayerTransport, "handle_async_request")
 
 BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})  # httpx says Content-Length: 0 for the others
 NO_BODY = httpx.ByteStream(b"")
+NO_EXTENSIONS: Mapping[str, Any] = {}
 AT_ONCE = 2**20  # a body of this size is decoded without giving others their turn
 
 _log = logging.getLogger("httpx")
+
+
+class Sent:
+    """An attempt on a connection of ours that was made before there was a request: its answer, or the error it met."""
+
+    __slots__ = ("answer", "connection", "error", "slot", "turn")
+
+    def __init__(self, turn: Turn, slot: Slot) -> None:
+        self.turn: Turn = turn
+        self.slot: Slot = slot
+        self.connection: WireConnection | None = None
+        self.answer: Answer | None = None
+        self.error: Exception | None = None
+
+    def body(self, limit: int | None) -> bytes | None:
+        """The body of a success that can be taken as it is: all there, not coded, and of at most `limit` bytes."""
+        answer = self.answer
+        if answer is None or answer.body is None or not 200 <= answer.status <= 299:
+            return None
+        if len(answer.body) > AT_ONCE or (limit is not None and len(answer.body) > limit):
+            return None
+        for name, _ in answer.headers:
+            if len(name) == 16 and name.lower() == b"content-encoding":
+                return None
+        return answer.body
+
+    def release(self, record: ExchangeRecord) -> None:
+        """Give back the slot, and the connection if it can serve again."""
+        assert self.connection is not None
+        if self.connection.is_reusable():
+            self.slot.give_back()
+        free(self.slot, record)
+
+
+class Sendable(Protocol):
+    """A call, as far as this room knows it."""
+
+    method: str
+    target: bytes | None
+    document: bytes | None
+    record: ExchangeRecord
+    settings: Any
 
 
 class Lane:
@@ -78,6 +124,9 @@ class Lane:
         self._entries: list[HeaderEntry] = []
         self._is_plain = False
         self._is_known = fits()
+        self._adapter: PoolAdapter | None = None if self._transport is None else self._transport._pool
+        self._fields: tuple[Field, ...] = ()
+        self._drawn: object = None  # whose tokens those are
 
     def with_headers(self, headers: httpx.Headers) -> Lane:
         """The same for requests with other headers."""
@@ -101,6 +150,81 @@ class Lane:
             and not _log.isEnabledFor(logging.INFO)
         )
 
+    # Attempts without a request: of most calls nobody ever sees one.
+
+    def draw(self, auth: DualTokenAuth, method: str, document: bytes | None) -> Turn | None:
+        """A turn of `auth`, where such an attempt can be made now; `document` is a body of JSON."""
+        if not (self.is_open and self._is_wired(NO_EXTENSIONS) and self._is_simple(method, document)):
+            return None
+        turn = auth.begin()
+        if turn is not None:
+            entries = auth.draw(turn)
+            if entries is not self._drawn:
+                self._fields = tuple([(name, value) for name, _, value in (*self._entries, *entries)])
+                self._drawn = entries
+        return turn
+
+    async def send(self, turn: Turn, call: Sendable) -> Sent:
+        """The first attempt of `call`, which holds a slot. Raises only where no other can follow."""
+        record, adapter = call.record, self._adapter
+        sent = Sent(turn, cast("Slot", record.slot))
+        assert adapter is not None
+        try:
+            sent.connection = connection = adapter.wired(
+                sent.slot, record, self._scheme, self._host, self._port, NO_EXTENSIONS
+            )
+            record.phase = "connect"
+            sent.answer = await connection.exchange(
+                call.method.encode("ascii"),
+                cast(bytes, call.target),
+                self._fields if call.document is None else self._fields_with(call.document),
+                call.document or b"",
+                record,
+                call.settings.phases,
+            )
+        except BaseException as exc:
+            free(sent.slot, record)
+            raise_if_revoked(sent.slot, exc)
+            if not isinstance(exc, Exception):
+                raise
+            sent.error = exc
+        return sent
+
+    def answered(
+        self, request: httpx.Request, sent: Sent, record: ExchangeRecord, auth: DualTokenAuth
+    ) -> httpx.Response:
+        """The answer to `request`, made only now that somebody wants to see it; read, as `sent` has all its body."""
+        auth.attach(sent.turn, request)
+        response = _received(request, sent, record)
+        _take_whole(response, None)
+        self._round_off(response, record)
+        return response
+
+    def _fields_with(self, document: bytes) -> tuple[Field, ...]:
+        at = len(self._entries)
+        content = (b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(document))
+        return *self._fields[:at], *content, *self._fields[at:]
+
+    def _is_wired(self, extensions: Mapping[str, Any]) -> bool:
+        """Whether an attempt may go straight to a connection of ours."""
+        transport: Any = self._transport
+        adapter = self._adapter
+        return (
+            adapter is not None
+            and transport._pool is adapter
+            and TRANSPORT_SEAM.is_untouched()
+            and TRANSPORT_SEAM.name not in transport.__dict__
+            and adapter.is_untouched
+            and adapter.is_wired(self._scheme, extensions)
+        )
+
+    def _is_simple(self, method: str, document: bytes | None) -> bool:
+        """Whether the headers of a request are known without httpx."""
+        http = self._http
+        if http._headers._list != self._seen:
+            self._look_at_headers()
+        return self._is_plain and not http._params and (document is not None or method in BODILESS)
+
     # Requests
 
     def request(
@@ -110,17 +234,12 @@ class Lane:
 
         `document` is a body of JSON; `timeout` gives seconds, as in the request's extensions.
         """
-        http = self._http
-        if http._headers._list != self._seen:
-            self._look_at_headers()
-        if http._params or not self._is_plain:
+        if not self._is_simple(method, document):
             return None
         entries = self._entries.copy()
         if document is not None:
             entries.append((b"Content-Type", b"content-type", b"application/json"))
             entries.append((b"Content-Length", b"content-length", b"%d" % len(document)))
-        elif method not in BODILESS:
-            return None
         return _request(method, url, entries, document or b"", {"timeout": dict(timeout)})
 
     def _look_at_headers(self) -> None:
@@ -129,6 +248,7 @@ class Lane:
         self._seen = http._headers._list.copy()
         sample = http.build_request("GET", str(self._origin), headers=self._headers)
         self._entries = sample.headers._list
+        self._drawn = None
         self._is_plain = sample.headers._encoding is None and sample.headers.keys().isdisjoint(
             ("content-type", "content-length", "cookie")
         )
@@ -143,11 +263,17 @@ class Lane:
         Does what `http.send(request, auth=auth, follow_redirects=False)` and `read_bounded` do, and raises what they
         raise.
         """
-        turn = auth.begin() or await auth.wait_to_begin(request)
+        sent, record.sent = record.sent, None
+        turn = None if sent is None else sent.turn
         history: list[httpx.Response] = []
         while True:
+            if turn is None:
+                turn = auth.begin() or await auth.wait_to_begin(request)
+            if sent is None:
+                auth.draw(turn)
             auth.attach(turn, request)
-            response = await self._send(request, record, limit)
+            response = await self._send(request, record, limit, sent)
+            sent = None
             response.history = history.copy()
             if response.has_redirect_location:
                 response.next_request = self._http._build_redirect_request(request, response)
@@ -160,24 +286,20 @@ class Lane:
             history.append(response)
             request = following
 
-    async def _send(self, request: httpx.Request, record: ExchangeRecord, limit: int | None) -> httpx.Response:
+    async def _send(
+        self, request: httpx.Request, record: ExchangeRecord, limit: int | None, sent: Sent | None
+    ) -> httpx.Response:
         if not isinstance(request.stream, httpx.AsyncByteStream):
             raise RuntimeError("Attempted to send an sync request with an AsyncClient instance.")
-        started = time.perf_counter()
-        transport: Any = self._transport
-        adapter: PoolAdapter = transport._pool
-        if (
-            TRANSPORT_SEAM.is_untouched()
-            and TRANSPORT_SEAM.name not in transport.__dict__
-            and adapter.is_untouched
-            and adapter.is_wired(self._scheme, request.extensions)
-        ):
-            response = await self._send_on_wire(adapter, request, record)
+        if sent is not None:
+            response = _received(request, sent, record)
+        elif self._is_wired(request.extensions):
+            response = await self._send_on_wire(request, record)
         else:
+            assert self._transport is not None
             with request_context(request=request):
-                response = await transport.handle_async_request(request)
+                response = await self._transport.handle_async_request(request)
             response.request = request
-        response.default_encoding = self._http._default_encoding
         if not _take_whole(response, limit):
             try:
                 if response.status_code >= 400:
@@ -187,14 +309,17 @@ class Lane:
             except BaseException:
                 await response.aclose()
                 raise
-        response.elapsed = datetime.timedelta(seconds=time.perf_counter() - started)
+        self._round_off(response, record)
         return response
 
-    async def _send_on_wire(
-        self, adapter: PoolAdapter, request: httpx.Request, record: ExchangeRecord
-    ) -> httpx.Response:
+    def _round_off(self, response: httpx.Response, record: ExchangeRecord) -> None:
+        response.default_encoding = self._http._default_encoding
+        response.elapsed = datetime.timedelta(seconds=time.perf_counter() - record.started)
+
+    async def _send_on_wire(self, request: httpx.Request, record: ExchangeRecord) -> httpx.Response:
         stream: Any = request.stream
-        extensions = request.extensions
+        adapter, extensions = self._adapter, request.extensions
+        assert adapter is not None
         slot: Slot | None = None
         try:
             slot = await adapter.slot(record, extensions)
@@ -216,6 +341,17 @@ class Lane:
             with request_context(request=request), map_httpcore_exceptions():
                 raise
         return _response(request, answer, AnswerStream(answer, connection, slot, record), connection.network_stream)
+
+
+def _received(request: httpx.Request, sent: Sent, record: ExchangeRecord) -> httpx.Response:
+    """What was `sent` for `request` before that existed."""
+    if sent.error is not None:
+        with request_context(request=request), map_httpcore_exceptions():
+            raise sent.error
+    answer, connection = sent.answer, sent.connection
+    assert answer is not None
+    assert connection is not None
+    return _response(request, answer, AnswerStream(answer, connection, sent.slot, record), connection.network_stream)
 
 
 def _take_whole(response: httpx.Response, limit: int | None) -> bool:

@@ -103,6 +103,13 @@ class Origin(Value):
             raise ConfigurationError(url)
         return url
 
+    def target(self, path: object) -> bytes | None:
+        """The target of a request to `path` (RFC 9112 section 3.2.1), where nothing in it needs a second look."""
+        if not isinstance(path, str) or len(path) > LONGEST_PLAIN or path.startswith("//"):
+            return None
+        whole = f"{self.base_path}{path.removeprefix('/')}"
+        return None if PLAIN.fullmatch(whole) is None else whole.encode("ascii")
+
     def _extended(self, path: object) -> httpx.URL | None:
         """The same for a path in which nothing needs a second look, and the base path being likewise.
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import SystemRandom
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import attrs
-import httpx
 
 from ._errors import ConfigurationError, DeadlineExceededError
 from ._pace import Closure, Pace, read_limits
@@ -164,14 +163,14 @@ class Gate:
         self.is_off = False
         self._tell()
 
-    def hear(self, headers: httpx.Headers) -> None:
-        """Heed what the head of an answer says of the quota, if anything."""
+    def hear(self, fields: Sequence[tuple[bytes, bytes]]) -> None:
+        """Heed what the fields of an answer, as they were sent, say of the quota, if anything."""
         if self._pace is None:
             return
-        # Most answers say nothing, and each is looked at: at all names in one, in lower case, as httpx keeps them.
-        if b"limit" not in b"".join([entry[1] for entry in headers._list]):
+        # Most answers say nothing, and each is looked at: at all names in one.
+        if b"limit" not in b"".join([name for name, _ in fields]).lower():
             return
-        limits = read_limits(headers.raw, self._wall_clock())
+        limits = read_limits(fields, self._wall_clock())
         if limits is None:
             return
         now = self._clock()

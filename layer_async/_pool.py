@@ -206,11 +206,9 @@ class ConnectionPool:
         `timeout` bounds the wait in seconds (None: no bound). Raises `SlotTimeout` when it passes, `ClientClosedError`
         when the pool is closed before or meanwhile, and `ConfigurationError` when two live event loops share the pool.
         """
-        self._settle()
-        if self._closed:
-            raise ClientClosedError("the connection pool is closed.")
-        if len(self._slots) < self._size:  # then nobody waits: a slot that comes back goes to the first in the queue
-            return self._hand_out()
+        slot = self.acquire_nowait()
+        if slot is not None:
+            return slot
         waiter = _Waiter()
         self._waiters[waiter] = None
         try:
@@ -230,6 +228,14 @@ class ConnectionPool:
         if self._closed:
             raise ClientClosedError("the connection pool was closed while this call waited for a slot.")
         raise SlotTimeout(f"no slot became free within {timeout} s")
+
+    def acquire_nowait(self) -> Slot | None:
+        """A slot where one is free, else None. Raises as `acquire` does."""
+        self._settle()
+        if self._closed:
+            raise ClientClosedError("the connection pool is closed.")
+        # Where not all are out nobody waits: one that comes back goes to the first in the queue.
+        return self._hand_out() if len(self._slots) < self._size else None
 
     async def aclose(self) -> None:
         """Close the pool: the waiting fail with `ClientClosedError`, every socket is closed. Can be called again."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from random import SystemRandom
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import anyio
 import attrs
@@ -263,21 +263,21 @@ class RetryMiddleware:
         record = ExchangeRecord.of(request)
         earlier: list[Failure] = []
         while True:
-            record.begin_attempt()
-            started = time.perf_counter()
+            if record.sent is None:
+                record.begin_attempt()
             try:
                 response = await call_next(request)
             except (httpx.RequestError, APIStatusError) as exc:
                 if exc is record.source_error:
                     raise
-                decision = self._judge(exc, request, record, earlier, started)
+                decision = self._judge(exc, request, record, earlier)
                 if not decision.retry:
                     raise
             else:
                 if response.status_code < 400:
-                    self._succeeded(response, request, record, started)
+                    self.succeed(request, record, response.status_code)
                     return response
-                decision = self._judge(response, request, record, earlier, started)
+                decision = self._judge(response, request, record, earlier)
                 if not decision.retry:
                     return response
                 # That it cannot be closed in order is no reason to give up: its connection is gone either way.
@@ -287,12 +287,10 @@ class RetryMiddleware:
             record.release_slot()
             await self._pause(decision, record)
 
-    def _succeeded(
-        self, response: httpx.Response, request: httpx.Request, record: ExchangeRecord, started: float
-    ) -> None:
+    def succeed(self, request: httpx.Request | None, record: ExchangeRecord, status_code: int) -> None:
+        """Take note of an attempt that went well; `request` may be None where `record` knows how it is shown."""
         self.budget.refund()
-        code = response.status_code
-        self._note(request, record, str(code), code, None, started)
+        self._note(request, record, str(status_code), status_code, None)
 
     def _judge(
         self,
@@ -300,7 +298,6 @@ class RetryMiddleware:
         request: httpx.Request,
         record: ExchangeRecord,
         earlier: list[Failure],
-        started: float,
     ) -> Decision:
         """Decide what follows, charge the budget, shut the gate, and note it all; synchronous."""
         failure = classify_failure(outcome, request)
@@ -325,7 +322,7 @@ class RetryMiddleware:
         if decision.at_gate and self._gate is not None:
             self._gate.slow_down(decision.delay, turn=record.turn, is_asked=failure.retry_after is not None)
         delay = decision.delay if decision.retry else None
-        self._note(request, record, failure.cause, failure.status_code, delay, started)
+        self._note(request, record, failure.cause, failure.status_code, delay)
         return decision
 
     async def _pause(self, decision: Decision, record: ExchangeRecord) -> None:
@@ -342,21 +339,20 @@ class RetryMiddleware:
 
     def _note(
         self,
-        request: httpx.Request,
+        request: httpx.Request | None,
         record: ExchangeRecord,
         outcome: str,
         status_code: int | None,
         delay: float | None,
-        started: float,
     ) -> None:
         """Append the attempt to the record, and tell the observer."""
         record.fresh = False
         number = len(record.attempts) + 1
-        elapsed = time.perf_counter() - started
+        elapsed = time.perf_counter() - record.started
         record.attempts.append(AttemptInfo(number, outcome, status_code, elapsed, delay))
         if delay is None and not hears_all(self._observer):
             return
-        info = record.info = record.info or RequestInfo.of(request)
+        info = record.info = record.info or RequestInfo.of(cast(httpx.Request, request))
         error = None if outcome == str(status_code) else outcome
         notify(self._observer, AttemptFinished(info, number, status_code, error, elapsed, record.reused))
         if delay is not None:

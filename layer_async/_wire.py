@@ -281,7 +281,7 @@ class WireConnection:
         self._is_sent = self._is_write_broken = self._wants_close = False
         self._reader = AnswerReader()
         self._failure: Failure | None = None
-        self._fields: list[Field] | None = None
+        self._fields: Sequence[Field] | None = None
         self._block: FieldBlock = b"", 0, True
         self._held: Any = None  # a request, while it waits for the connection
 
@@ -369,12 +369,12 @@ class WireConnection:
 
     def _headed(self, method: bytes, target: bytes, headers: Sequence[Field]) -> RequestHead | str:
         """The head of the request, or what is wrong with it. Fields that are those of the one before stay written."""
-        if headers != self._fields:
+        if headers is not self._fields and headers != self._fields:
             sent = headers if not self.prefix or self.proxy is None else merged(self.proxy.fields, headers)
             block = field_block(sent)
             if isinstance(block, str):
                 return block
-            self._fields, self._block = [*headers], block
+            self._fields, self._block = headers if type(headers) is tuple else [*headers], block
         return headed(method, self.prefix + target, self._block)
 
     @property

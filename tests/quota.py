@@ -195,7 +195,7 @@ class Simulation:
 
     def answer(self, process: _Process, worker: int, turn: int, wait: float, said: dict[str, str]) -> None:
         if said:
-            process.gate.hear(httpx.Headers(said))
+            process.gate.hear(httpx.Headers(said).raw)
         if wait:
             seconds = float(max(1, math.ceil(wait))) if self.says_when else self.random.uniform(0, 0.5)
             process.gate.slow_down(seconds, turn=turn, is_asked=self.says_when)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import pickle
 import re
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,17 @@ import httpcore
 import httpx
 import pytest
 
-from layer_async import APITimeoutError, AsyncLayerClient, LayerError, RetryPolicy, TokenPair
+from layer_async import (
+    APITimeoutError,
+    AsyncLayerClient,
+    AuthenticationError,
+    DeadlineExceededError,
+    LayerError,
+    MalformedResponseError,
+    RetryPolicy,
+    ServerError,
+    TokenPair,
+)
 from layer_async import _lean as lean
 from layer_async._seams import Seam
 
@@ -37,17 +49,23 @@ def make(server: FaultServer, **options: Any) -> AsyncLayerClient:
 
 
 @contextmanager
-def short_way() -> Iterator[list[httpx.Request]]:
-    """What takes the short way inside of the block."""
-    taken: list[httpx.Request] = []
-    original = lean.Lane.exchange
+def short_way() -> Iterator[list[Any]]:
+    """What takes the short way inside of the block: requests, and calls for which none was made."""
+    taken: list[Any] = []
+    send, exchange = lean.Lane.send, lean.Lane.exchange
 
-    async def exchange(self: lean.Lane, request: httpx.Request, *args: Any) -> httpx.Response:
-        taken.append(request)
-        return await original(self, request, *args)
+    async def spy_on_send(self: lean.Lane, turn: Any, call: Any) -> Any:
+        taken.append(call)
+        return await send(self, turn, call)
+
+    async def spy_on_exchange(self: lean.Lane, request: httpx.Request, record: Any, *args: Any) -> httpx.Response:
+        if record.sent is None:
+            taken.append(request)
+        return await exchange(self, request, record, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lean.Lane, "exchange", exchange)
+        patch.setattr(lean.Lane, "send", spy_on_send)
+        patch.setattr(lean.Lane, "exchange", spy_on_exchange)
         yield taken
 
 
@@ -303,8 +321,6 @@ def _error_of(response: httpx.Response, server: FaultServer) -> str | None:
 
 
 def answers() -> dict[str, Callable[[Exchange], None]]:
-    import gzip
-
     def redirect(ex: Exchange) -> None:
         ex.respond(b"elsewhere", status="302 Found", headers="Location: /ok/9\r\n")
 
@@ -395,6 +411,145 @@ async def test_both_ways_raise_equal_errors(fault: str, method: str, monkeypatch
                 touch: Any = TOUCHES["send, on the class"]
                 touch(client, monkeypatch, [])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("fault", ["ok", "status/404", "status/500", "flaky", "truncate-length", "extra"])
+async def test_both_ways_tell_an_observer_the_same(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    with FaultServer() as server:
+        server.behaviours["flaky"] = flaky()
+        for _ in range(2):
+            events: list[Any] = []
+            async with make(server, observer=events.append) as client:
+                with suppress(LayerError):
+                    await client.get(f"/{fault}/1?q=secret", into=Any)
+                touch: Any = TOUCHES["send, on the class"]
+                touch(client, monkeypatch, [])
+            assert "secret" not in repr(events)
+            port = server.url.rpartition(":")[2]
+            seen.append(
+                [re.sub(r"(elapsed|delay)=[0-9.e-]+", r"\1", repr(event)).replace(port, "port") for event in events]
+            )
+    assert seen[0] == seen[1]
+    assert seen[0]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize(("into", "made"), [(Any, 0), (None, 1)])
+async def test_a_request_is_made_only_where_somebody_can_see_it(
+    into: Any, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[str] = []
+    original = lean._request
+
+    def spy(method: str, *args: Any) -> httpx.Request:
+        requests.append(method)
+        return original(method, *args)
+
+    monkeypatch.setattr(lean, "_request", spy)
+    with FaultServer() as server:
+        server.behaviours |= answers() | {"flaky": flaky()}
+        async with make(server) as client:
+            await client.get("/json/1", into=into)
+            await client.post("/json/1", json={"n": 1}, into=into)
+            assert len(requests) == 2 * made
+            requests.clear()
+            await client.get("/flaky/1", into=into)
+    assert requests == ["GET"]
+
+
+async def test_a_refusal_counts_against_the_pair_that_was_sent_not_the_one_that_came_meanwhile() -> None:
+    asked: list[int] = []
+    held, renewed = threading.Event(), threading.Event()
+
+    def source() -> TokenPair:
+        asked.append(1)
+        return TokenPair(f"lean-first-{len(asked)}", f"lean-second-{len(asked)}")
+
+    def guarded(ex: Exchange) -> None:
+        if ex.request.headers["token1"] != "lean-first-1" or ex.request.path.endswith("/first"):
+            ex.respond(b"{}")
+        elif ex.request.path.endswith("/slow"):
+            held.set()
+            renewed.wait(5)
+            ex.respond(status="401 Unauthorized")
+        else:
+            held.wait(5)
+            ex.respond(status="401 Unauthorized")
+
+    with FaultServer() as server:
+        server.behaviours["guarded"] = guarded
+        async with make(server, tokens=source) as client:
+            await client.get("/guarded/first")
+
+            async def quick() -> None:
+                assert await client.get("/guarded/quick", into=Any) == {}
+                renewed.set()
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(quick)
+                assert await client.get("/guarded/slow", into=Any) == {}
+    assert len(asked) == 2
+
+
+# What the first attempt without a request must not forget
+
+
+@pytest.mark.parametrize("into", [None, list[int]])
+async def test_a_coded_body_is_decoded_and_asked_for_again_where_it_is_corrupt(into: Any) -> None:
+    bodies = iter([b"garbage", gzip.compress(b"[1]")])
+    with FaultServer() as server:
+        server.behaviours["packed"] = lambda ex: ex.respond(next(bodies), headers="content-ENCODING: gzip\r\n")
+        async with make(server) as client:
+            found = await client.get("/packed/1", into=into)
+    assert (found if into else found.json()) == [1]
+
+
+@pytest.mark.parametrize("into", [None, Any])
+async def test_a_body_over_the_limit_is_refused(into: Any) -> None:
+    with FaultServer() as server:
+        server.behaviours["long"] = lambda ex: ex.respond(b"[%s]" % (b" " * 98))
+        async with make(server, max_response_bytes=100, retry=None) as client:
+            await client.get("/long/1", into=into)
+            with pytest.raises(MalformedResponseError, match="99"):
+                await client.get("/long/2", into=into, max_response_bytes=99)
+            view = client.with_options(max_response_bytes=99)
+            with pytest.raises(MalformedResponseError, match="99"):
+                await view.get("/long/3", into=into)
+            assert client.pool.stats.in_use == 0
+
+
+async def test_an_answer_is_classified() -> None:
+    def classify(response: httpx.Response) -> LayerError | None:
+        return ServerError("busy", status_code=503) if response.json()["n"] == 0 else None
+
+    numbers = iter(range(9))
+    with FaultServer() as server:
+        server.behaviours["busy"] = lambda ex: ex.respond(b'{"n": %d}' % next(numbers))
+        async with make(server, classify=classify) as client:
+            assert await client.get("/busy/1", into=Any) == {"n": 1}
+
+
+async def test_what_an_answer_says_of_the_quota_is_heeded() -> None:
+    said = "X-RateLimit-Limit: 5\r\nX-RateLimit-Remaining: 0\r\nX-RateLimit-Reset: 3600\r\n"
+    with FaultServer() as server:
+        server.behaviours["quota"] = lambda ex: ex.respond(b"{}", headers=said)
+        async with make(server, deadline=5.0) as client:
+            await client.get("/quota/1", into=Any)
+            with pytest.raises(DeadlineExceededError) as caught:
+                await client.get("/quota/2", into=Any)
+        assert caught.value.phase == "gate"
+    assert len(server.record.requests) == 1
+
+
+async def test_a_success_between_two_refusals_keeps_the_auth_circuit_closed() -> None:
+    with FaultServer() as server:
+        server.behaviours["json"] = answers()["json"]
+        async with make(server) as client:
+            for path in ("/status/401", "/json/1", "/status/401/other", "/json/2"):
+                with suppress(AuthenticationError):
+                    await client.get(path, into=Any)
+    assert len(server.record.requests) == 4
 
 
 @pytest.mark.parametrize("way", ["short", "whole"])

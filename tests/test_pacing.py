@@ -468,7 +468,7 @@ def test_no_answer_shuts_the_gate_for_more_than_an_hour() -> None:
     gate.slow_down(86_400.0)
     assert gate.opens_in == PATIENCE == 3600
     gate = Gate(Pacing(), clock=Clock())
-    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "86400"}))
+    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "86400"}).raw)
     assert gate.opens_in == PATIENCE
 
 
@@ -503,17 +503,17 @@ def test_the_observer_hears_of_each_notable_change_of_the_pace_and_of_no_other()
 def test_an_answer_that_says_that_nothing_is_left_shuts_the_gate() -> None:
     events: list[Event] = []
     gate = Gate(Pacing(), clock=Clock(), observer=events.append)
-    gate.hear(httpx.Headers({"Content-Type": "text/plain"}))
-    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "9", "X-RateLimit-Reset": "5"}))
-    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "what"}))
+    gate.hear(httpx.Headers({"Content-Type": "text/plain"}).raw)
+    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "9", "X-RateLimit-Reset": "5"}).raw)
+    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "what"}).raw)
     assert (gate.is_off, events) == (True, [])
-    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "5"}))
+    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "5"}).raw)
     assert (gate.is_off, gate.opens_in, events) == (False, 5.0, [GateShut(5.0)])
 
 
 def test_a_gate_that_learns_nothing_heeds_no_answer() -> None:
     gate = Gate(clock=Clock())
-    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "5"}))
+    gate.hear(httpx.Headers({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "5"}).raw)
     assert gate.is_off
 
 
@@ -521,7 +521,7 @@ def test_an_answer_that_says_that_little_is_left_sets_a_pace_until_there_is_more
     clock = Clock()
     gate = Gate(Pacing(), clock=clock)
     headers = httpx.Headers({"RateLimit": '"a";r=10;t=5', "RateLimit-Policy": '"a";q=100;w=60'})
-    gate.hear(headers)
+    gate.hear(headers.raw)
     assert not gate.is_off
     gate._pass()
     assert gate._ready_in() == pytest.approx(0.48)
