@@ -28,6 +28,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from os import PathLike
@@ -51,6 +52,7 @@ from ._errors import (
 from ._outage import Outage, Setback
 from ._outcomes import HandOver, Outcome, Outcomes, Place, SettledKeys
 from ._progress import Meter, Progress, StopRule, stop_rule
+from ._values import number, shown
 
 __all__ = ["OUTAGE_TIMEOUT", "Bulk", "BulkOptions", "ItemRecord", "current_item", "run_all"]
 
@@ -70,6 +72,7 @@ logger = logging.getLogger("layer_async")
 
 GRACE = 0.5  # seconds for what is under way when the tokens are refused: nothing else will come of it
 SPARE = 8  # so many items at least may be put aside, so that others show whether the server is away
+JOURNAL_METHODS = ("open", "close", "pulled", "ended", "is_settled", "settle")
 SKIPPED_AT_ONCE = 64  # so many items of a journal may be passed over before others have their turn
 
 
@@ -87,25 +90,34 @@ class ItemRecord:
     """What a call knows of the bulk that it works for, and tells it.
 
     For the call: `is_open` until the call for the item has ended; `is_patient`: the item is to wait out any number of
-    429s; `is_in_outage` says whether the bulk waits for the server to come back.
+    429s, each in a block of `waiting()`; `is_in_outage` says whether the bulk waits for the server to come back.
 
     From the call: `attempts`, how many were made for the item (None: its call does not say), and `last_attempts`, what
     the latest request met; `has_acted`: something was done for it that must not be done twice; `outage`: this exception
-    says that the server is away; `refusal`: this one that it refuses everything.
+    says that the server is away; `refusal`: this one that it refuses everything. `is_given_up`: it was still waiting
+    when the bulk was stopped.
     """
 
     __slots__ = (
         "attempts",
         "has_acted",
+        "is_given_up",
         "is_in_outage",
         "is_open",
         "is_patient",
         "last_attempts",
         "outage",
         "refusal",
+        "waits",
     )
 
-    def __init__(self, *, is_patient: bool = True, is_in_outage: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        is_patient: bool = True,
+        is_in_outage: Callable[[], bool] | None = None,
+        waits: Waits | None = None,
+    ) -> None:
         self.is_open = True
         self.is_patient = is_patient
         self.is_in_outage = is_in_outage
@@ -114,10 +126,47 @@ class ItemRecord:
         self.has_acted = False
         self.outage: Exception | None = None
         self.refusal: Exception | None = None
+        self.is_given_up = False
+        self.waits: Waits = Waits() if waits is None else waits
+
+    @contextmanager
+    def waiting(self) -> Generator[None]:
+        """In here the call waits, for as long as it takes, or until the bulk is stopped; then raises `LayerError`."""
+        waits = self.waits
+        with anyio.CancelScope() as scope:
+            waits.scopes.add(scope)
+            if waits.are_over:
+                scope.cancel()
+            try:
+                yield
+            finally:
+                waits.scopes.discard(scope)
+        if scope.cancelled_caught:
+            self.is_given_up = True
+            raise LayerError("the bulk was stopped while this waited, since the server had said slow down.")
+
+
+class Waits:
+    """The waits of one bulk's calls for the server, which end when it is stopped."""
+
+    __slots__ = ("are_over", "scopes")
+
+    def __init__(self) -> None:
+        self.are_over = False
+        self.scopes: set[anyio.CancelScope] = set()
+
+    def end(self) -> None:
+        self.are_over = True
+        for scope in self.scopes:
+            scope.cancel()
 
 
 current_item: ContextVar[ItemRecord | None] = ContextVar("layer_async.current_item", default=None)
 """The record of the item that the running code works for, a new one for each item; None outside of a bulk's calls."""
+
+Source = Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]]
+current_source: ContextVar[Source | None] = ContextVar("layer_async.current_source", default=None)
+"""While a bulk pulls its next item: what makes a call for that, so that it waits out an outage. Else None."""
 
 
 class _Case(Place[K, V, T]):
@@ -139,7 +188,8 @@ class Bulk(Generic[K, V, T]):
     Arguments:
         items: An iterable or async iterable; it may be a generator, and endless. The workers pull from it one at a
             time, whenever one of them is free. An async generator is advanced by several tasks in turn, so it must not
-            hold a cancel scope, timeout or task group open across a `yield`; a generator is closed at the end.
+            hold a cancel scope, timeout or task group open across a `yield`; a generator is closed at the end. Pages of
+            `AsyncLayerClient.paginate` that are read for it wait out an outage, and any number of 429s, as items do.
         call: An async function of one argument. An `Exception` that it raises is the item's outcome; only
             `ClientClosedError`, and tokens that are refused for good, end the run.
         key: Makes the `key` of an outcome from its item; called once an item, in their order. An exception of it ends
@@ -149,10 +199,11 @@ class Bulk(Generic[K, V, T]):
         ordered: Whether outcomes come in the order of the items instead of as they complete.
         journal: Knows which keys are settled, so that a run can be resumed: a `Journal`, or the path of one. Items
             whose key is settled are passed over; an item is settled once the loop body that received its outcome has
-            ended. Keys are then text or whole numbers.
+            ended. Keys are then text or whole numbers (1 and "1" are two).
         stop_when: Ends the run early: a number of failures, a failure rate (a float up to 1.0, once 20 items are done),
-            or a function of the `Progress`. Nothing more is pulled then, what is under way has its outcomes, and the
-            loop ends, with `outcomes.stopped` saying why.
+            or a function of the `Progress`. Nothing more is pulled then, what is under way has its outcomes (an error
+            for what only waits because the server said slow down, which does not settle it), and the loop ends, with
+            `outcomes.stopped` saying why.
         outage_timeout: For how many seconds an outage is waited out. While the server is away (refused, unreachable,
             silent, or 502, 503, 504), the items that met it are held, one at a time is tried as a probe, and all go on
             at the first answer: `call` is called again for them. Those for which something was done already that must
@@ -253,6 +304,8 @@ class Bulk(Generic[K, V, T]):
         self._active = 0  # calls under way
         self._held = 0  # items with a setback
         self._refusals = 0
+        self._unfed: Exception | None = None  # of a call for the next item, which the stop of the bulk has ended
+        self._waits = Waits()
         self._turn = anyio.Lock(fast_acquire=True)
         # A scope for each worker: the group's own holds this task too, and would have to be told from a cancellation
         # that comes from outside.
@@ -267,6 +320,8 @@ class Bulk(Generic[K, V, T]):
     ) -> None:
         """Cancel the calls under way, wait until they are gone, and close the items if they are a generator."""
         self._hand_over.end()
+        if self._outage is not None:
+            self._outage.give_up()
         for scope in self._scopes:
             scope.cancel()
         # From here on this task only waits for workers that are cancelled already. The block's own exception is not
@@ -318,8 +373,9 @@ class Bulk(Generic[K, V, T]):
 
     def _stop(self, why: str) -> None:
         """Pull nothing more, and hold nothing; the loop ends when what is under way has its outcome."""
-        if (self._held or not self._hand_over.ended) and self._hand_over.stopped is None:
-            self._hand_over.stopped = why
+        if self._held or self._waits.scopes or not self._hand_over.ended:
+            self._hand_over.stopped = self._hand_over.stopped or why
+        self._waits.end()
         self._end()
 
     def _end(self, error: BaseException | None = None, *, at_once: bool = False) -> None:
@@ -343,6 +399,7 @@ class Bulk(Generic[K, V, T]):
         self._group.start_soon(self._work, scope, name="layer_async bulk worker")
 
     async def _work(self, scope: anyio.CancelScope) -> None:
+        current_source.set(None)  # of a bulk that is pulling here
         with scope:
             try:
                 wants_another = False
@@ -378,7 +435,9 @@ class Bulk(Generic[K, V, T]):
         except Exception as error:
             # Of the user's iterator or key, whatever it be: it waits until the calls under way have their outcomes, and
             # is raised by the loop then.
-            self._end(error)
+            if error is not self._unfed:
+                self._end(error)
+            self._unfed = None
             return self._aside.popleft() if self._aside else None
         finally:
             self._turn.release()
@@ -387,6 +446,7 @@ class Bulk(Generic[K, V, T]):
         """The next item that is not settled; None where there is no more."""
         journal, name = self._journal, None
         while True:
+            token = current_source.set(self._ride_out)
             try:
                 item = await self._pull()
             except StopAsyncIteration:
@@ -396,6 +456,8 @@ class Bulk(Generic[K, V, T]):
                 return None
             except StopIteration as error:
                 raise _not_an_end("the items", error) from error
+            finally:
+                current_source.reset(token)
             try:
                 key = cast(K, item) if self._key is None else self._key(item)
             except (StopIteration, StopAsyncIteration) as error:
@@ -417,6 +479,45 @@ class Bulk(Generic[K, V, T]):
         place: _Case[K, V, T] = _Case(item, key, name)
         self._hand_over.admit(place)
         return place
+
+    async def _ride_out(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Make a call on which the next item depends, and make it again after an outage."""
+        outage = self._outage
+        setback: Setback | None = None
+        failure: Exception | None = None
+        try:
+            while True:
+                is_probe = False
+                if outage is not None and (outage.is_on or setback is not None):
+                    is_probe = await outage.wait_before(setback)
+                    if outage.given_up and failure is not None:
+                        self._unfed = failure
+                        raise failure
+                record = ItemRecord(is_patient=self._is_patient, is_in_outage=self._is_in_outage, waits=self._waits)
+                began = anyio.current_time()
+                token = current_item.set(record)
+                try:
+                    value = await call()
+                except Exception as error:  # of whatever kind: it is raised, but for an outage
+                    self._heed(record, error, began, anyio.current_time())
+                    if record.is_given_up:
+                        self._unfed = error
+                    if outage is None or outage.given_up or record.outage is not error:
+                        raise
+                    setback = setback or Setback()
+                    if not self._is_outage(setback, record, error):
+                        raise
+                    failure = error
+                else:
+                    self._heed(record, None, began, anyio.current_time())
+                    return value
+                finally:
+                    record.is_open = False
+                    current_item.reset(token)
+                    if is_probe:
+                        cast(Outage, outage).probed()
+        finally:
+            del failure  # else the error and this frame hold each other
 
     async def _carry(self, place: _Case[K, V, T]) -> bool:
         """Call for an item, and again after an outage, until it has its outcome. True: it is aside, to let another try.
@@ -449,7 +550,7 @@ class Bulk(Generic[K, V, T]):
         began = anyio.current_time()
         if place.setback is None:
             place.began = began
-        record = ItemRecord(is_patient=self._is_patient, is_in_outage=self._is_in_outage)
+        record = ItemRecord(is_patient=self._is_patient, is_in_outage=self._is_in_outage, waits=self._waits)
         record.attempts = place.attempts
         token = current_item.set(record)
         self._active += 1
@@ -471,16 +572,22 @@ class Bulk(Generic[K, V, T]):
                     return False
                 self._refusals += 1
                 place.settles = False
+            elif record.is_given_up and not record.has_acted:
+                place.settles = False
             elif record.outage is error and self._is_held(place, record, outcome):
                 return True
         if error is None:
             self._refusals = 0
+        self._heed(record, error, began, ended)
+        self._finish(place, outcome)
+        return False
+
+    def _heed(self, record: ItemRecord, error: Exception | None, began: float, ended: float) -> None:
+        """An answer of any kind ends an outage."""
         if self._outage is not None and (
             error is None or (record.outage is not error and isinstance(error, APIStatusError | ResponseDecodeError))
         ):
             self._outage.answered(ended - record.last_attempts[-1].elapsed if record.last_attempts else began)
-        self._finish(place, outcome)
-        return False
 
     def _is_held(self, place: _Case[K, V, T], record: ItemRecord, outcome: Outcome[K, V, T]) -> bool:
         """Whether an item that met what may be an outage waits for its end; else the failure is its outcome."""
@@ -490,20 +597,22 @@ class Bulk(Generic[K, V, T]):
         if outage.given_up and not record.has_acted:
             place.settles = False
             return False
-        attempts = record.last_attempts
-        since = sum(attempt.elapsed for attempt in attempts[1:]) + sum(attempt.delay or 0.0 for attempt in attempts)
         setback = place.setback or Setback()
-        is_outage = outage.missed(
-            setback,
-            failing_since=anyio.current_time() - since,
-            tried_again=len(attempts) > 1,
-            asked=getattr(outcome.error, "retry_after", None),
-        )
-        if not is_outage or record.has_acted:
+        if not self._is_outage(setback, record, outcome.error) or record.has_acted:
             return False
         self._held += place.setback is None
         place.setback, place.attempts, place.failure = setback, record.attempts, outcome
         return True
+
+    def _is_outage(self, setback: Setback, record: ItemRecord, error: Exception | None) -> bool:
+        attempts = record.last_attempts
+        since = sum(attempt.elapsed for attempt in attempts[1:]) + sum(attempt.delay or 0.0 for attempt in attempts)
+        return cast(Outage, self._outage).missed(
+            setback,
+            failing_since=anyio.current_time() - since,
+            tried_again=len(attempts) > 1,
+            asked=getattr(error, "retry_after", None),
+        )
 
     async def _refuse(self, place: _Case[K, V, T], error: Exception) -> None:
         """The tokens are refused: nothing more can come of any item. A moment for what is under way, then the end."""
@@ -517,7 +626,7 @@ class Bulk(Generic[K, V, T]):
         if outcome is not None:
             self._meter.count(place.began + outcome.elapsed, ok=outcome.error is None)
         self._hand_over.put(place, outcome)
-        if self._stops is not None and not self._hand_over.ended:
+        if self._stops is not None and not self._waits.are_over and (self._waits.scopes or not self._hand_over.ended):
             try:
                 why = self._stops(self._meter, self._progress)
             except Exception as error:  # of the user's function; the loop raises it
@@ -552,11 +661,11 @@ class Bulk(Generic[K, V, T]):
 
 
 def _name_of(key: object) -> str:
-    """The journal's name for a key."""
+    """The journal's name for a key. Whole numbers have names that no text has: 1 and "1" are two items."""
     if isinstance(key, str):
-        return key
+        return f"\0{key}" if key.startswith("\0") else key
     if isinstance(key, int) and not isinstance(key, bool):
-        return str(key)
+        return f"\0{int(key)}"
     raise ConfigurationError(
         f"a journal knows items by text or whole numbers, not by {type(key).__name__}: give the bulk a `key`."
     )
@@ -623,6 +732,12 @@ def _journal_of(journal: str | PathLike[str] | SettledKeys | None) -> SettledKey
         from ._journal import Journal  # with SQLite, which few need
 
         return Journal(journal)
+    if journal is not None and (
+        isinstance(journal, type) or not all(callable(getattr(journal, name, None)) for name in JOURNAL_METHODS)
+    ):
+        raise ConfigurationError(
+            f"`journal` takes a Journal, the path of one, or an object with its methods, not {shown(journal)}."
+        )
     return journal
 
 
@@ -642,9 +757,9 @@ def _check(items: object, call: object, key: object, workers: object) -> None:
 def _checked_timeout(outage_timeout: object) -> float | None:
     if outage_timeout is None:
         return None
-    if isinstance(outage_timeout, int | float) and not isinstance(outage_timeout, bool) and outage_timeout >= 0:
-        return float(outage_timeout)
-    raise ConfigurationError(f"`outage_timeout` takes seconds, 0 or more, or None, not {outage_timeout!r}.")
+    if number(outage_timeout) >= 0:
+        return number(outage_timeout)
+    raise ConfigurationError(f"`outage_timeout` takes seconds, 0 or more, or None, not {shown(outage_timeout)}.")
 
 
 async def run_all(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, TypedDict, TypeVar
 
 import httpx
@@ -18,6 +19,7 @@ from ._errors import ConfigurationError
 from ._pacing import Pacing
 from ._retry import RetryPolicy
 from ._tokens import TokenPair, TokenSource
+from ._values import number, shown
 
 F = TypeVar("F")
 
@@ -48,8 +50,9 @@ class CallOptions(TypedDict, total=False):
 class BodyOptions(CallOptions, total=False):
     """What a call with a body takes besides: `json` (what `into` could give back), `content`, or `data` and `files`.
 
-    `json` is encoded once, up front; `content` is bytes, text, or an async iterable of bytes; `data` and `files` make a
-    form, as in httpx. What comes from an iterator can be sent only once: such a call is not retried once it has begun.
+    `json` is encoded once, up front; `content` is bytes, text, or an async iterable of bytes (or bytearrays, or
+    memoryviews); `data` and `files` make a form, as in httpx. What comes from an iterator can be sent only once: such a
+    call is not retried once it has begun.
     """
 
     json: Any
@@ -80,9 +83,9 @@ class Quiet(dict[str, Any]):
 
 
 def checked_seconds(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigurationError(f"{name} must be a positive number of seconds, not {value!r}.")
-    return value
+    if not 0 < number(value) < math.inf:
+        raise ConfigurationError(f"{name} must be a positive number of seconds, not {shown(value)}.")
+    return number(value)
 
 
 def checked_timeout(value: Any) -> httpx.Timeout:
@@ -169,7 +172,52 @@ def checked_body(options: Quiet) -> dict[str, Any]:
     if flaw is not None:
         del body
         raise ConfigurationError(flaw)
+    if isinstance(body["content"], AsyncIterable) and not hasattr(body["content"], "aread"):  # httpx reads files itself
+        body["content"] = Pieces(body["content"])
     return body
+
+
+class Pieces:
+    """A body that comes in pieces, each of which must be bytes: their length frames them.
+
+    As with httpx's own, what a generator gives is there once: who asks again gets `httpx.StreamConsumed`.
+    """
+
+    __slots__ = ("_given", "_is_begun")
+
+    def __init__(self, given: AsyncIterable[Any]) -> None:
+        self._given = given
+        self._is_begun = False
+
+    def __aiter__(self) -> PieceIterator:
+        if self._is_begun and isinstance(self._given, AsyncIterator):
+            raise httpx.StreamConsumed
+        self._is_begun = True
+        return PieceIterator(aiter(self._given))
+
+
+class PieceIterator:
+    """Not a generator: nobody has to close it."""
+
+    __slots__ = ("_iterator",)
+
+    def __init__(self, iterator: AsyncIterator[Any]) -> None:
+        self._iterator = iterator
+
+    def __aiter__(self) -> PieceIterator:
+        return self
+
+    async def __anext__(self) -> bytes | bytearray | memoryview:
+        piece = await anext(self._iterator)
+        if isinstance(piece, bytes | bytearray):
+            return piece
+        if isinstance(piece, memoryview):
+            return piece if piece.nbytes == len(piece) and piece.c_contiguous else bytes(piece)
+        kind = type(piece).__name__
+        del piece
+        raise ConfigurationError(
+            f"each piece of content must be bytes, not {kind}: the body was not sent, or not whole."
+        )
 
 
 def _body_flaw(options: Quiet, content: Any, data: Any, files: Any) -> str | None:
@@ -240,9 +288,29 @@ def _files_flaw(values: Any) -> str | None:
         return f"files must be a mapping or a list of pairs, not {type(values).__name__}."
     for entry in values.items() if isinstance(values, Mapping) else values or ():
         file = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
-        file = file[1] if isinstance(file, tuple) and len(file) > 1 else file
+        if isinstance(file, tuple) and len(file) > 1:
+            name, file, *others = file
+            flaw = _part_flaw(name, *others[:2])
+            if flaw is not None:
+                return flaw
         if not isinstance(file, str | bytes) and not hasattr(file, "read"):
             return f"a file must be bytes, text or open for reading, not {type(file).__name__}."
+    return None
+
+
+def _part_flaw(name: Any, content_type: Any = None, headers: Any = MappingProxyType({})) -> str | None:
+    """What httpx would write into the body as it is, so that a line end in it begins a header, or a part."""
+    for what, text in (("name", name), ("content type", content_type)):
+        if text is not None and (not isinstance(text, str) or _CONTROL.search(text)):
+            return f"the {what} of a file must be text without control characters, or None."
+    if not isinstance(headers, Mapping) or not all(
+        isinstance(field, str)
+        and isinstance(value, str)
+        and _LEGAL_NAME.fullmatch(field.encode("utf-8", "replace"))
+        and not _CONTROL.search(value)
+        for field, value in headers.items()
+    ):
+        return "the headers of a file must be a mapping of text: names as in HTTP, values without control characters."
     return None
 
 
@@ -261,6 +329,7 @@ def merged_headers(ours: httpx.Headers, values: Any) -> httpx.Headers:
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
 
 _ILLEGAL_VALUE = re.compile(rb"[^\t\x20-\x7e\x80-\xff]|^[ \t]|[ \t]$")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _LEGAL_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 

@@ -26,7 +26,11 @@ T = TypeVar("T", default=K)  # the item: its own key, unless `key=` makes anothe
 
 
 class SettledKeys(Protocol):
-    """What a bulk needs of a journal; `Journal` is one. `open` and `close` are called in a worker thread."""
+    """What a bulk needs of a journal; `Journal` is one. `open` and `close` are called in a worker thread.
+
+    Keys are names here: of text the text itself, of a whole number a NUL character and its digits (a text that begins
+    with NUL gets another one).
+    """
 
     @property
     def inputs_changed(self) -> str | None:
@@ -236,8 +240,9 @@ class Outcomes(AsyncIterator[Outcome[K, V, T]]):
     def drain(self) -> None:
         """Pull nothing more, let what is under way finish, and then end the loop; may be called from anywhere in it.
 
-        Items that are held in an outage have their last error as their outcome. For services that shut down, and for
-        Ctrl-C. Harmless twice.
+        Items that are held in an outage have their last error as their outcome, and those that wait because the server
+        said slow down an error that says so; neither is settled. For services that shut down, and for Ctrl-C. Harmless
+        twice.
         """
         self._stop("drained.")
 

@@ -25,6 +25,7 @@ from .test_cli import (
     Layer,
     Ran,
     customers,
+    descriptor_replaced,
     environment,  # noqa: F401 (a fixture)
     files_limited_to,
     layer,  # noqa: F401 (a fixture)
@@ -120,7 +121,9 @@ def test_the_same_line_twice_is_one_item(layer: Layer) -> None:  # noqa: F811
     ran = layer("fetch", paths(*customers(3) * 50), "--out", "out", "--resume")
     assert ran.code == 0
     assert found() == customers(3)
-    assert "3 fetched, 0 failed, 0 retries, 147 already there" in ran.err
+    assert "3 fetched, 0 failed, 0 retries, 147 named twice" in ran.err
+    ran = layer("fetch", "paths", "--out", "out", "--resume")
+    assert "0 fetched, 0 failed, 0 retries, 150 already there" in ran.err
 
 
 def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(layer: Layer) -> None:  # noqa: F811
@@ -173,7 +176,7 @@ def test_force_begins_anew(layer: Layer) -> None:  # noqa: F811
         (["--out", "-", "--resume"], "--resume needs a file"),
         (["--out", "/dev/null", "--resume"], "--resume needs a file"),
         (["--out", "out", "--retry-failed"], "--retry-failed is for --resume"),
-        (["--out", "out", "--errors", "out"], "--errors takes a file of its own"),
+        (["--out", "out", "--errors", "out"], "--errors and --out are one file: each takes a file of its own"),
         (["--out", "out", "--errors", "-"], "--errors takes a file of its own"),
         (["--out", "out", "--items", "data"], "--items is for --pages"),
         (["--out", "out", "--pages", "leaf"], "--pages knows number, offset, cursor, next, link, not 'leaf'"),
@@ -204,6 +207,59 @@ def test_a_file_for_errors_that_cannot_be_made_is_told(layer: Layer, name: str) 
     assert ran.code == 4
     assert f"{name} cannot be written" in ran.err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("more", [("--force",), ("--resume",)])
+@pytest.mark.parametrize(
+    ("source", "out", "errors"),
+    [
+        ("paths", "paths", None),
+        ("paths", "./symbolic", None),
+        ("paths", "hard", None),
+        ("paths", "out", "paths"),
+        ("paths", "out", "hard"),
+        ("symbolic", "out", "hard"),
+        ("other.journal", "other", None),
+        ("paths", "out", "out.journal"),
+        ("paths", "new", "to_new"),
+        ("-", "paths", None),
+        ("-", "out", "hard"),
+    ],
+)
+def test_no_file_is_written_over_another_that_the_run_needs(
+    layer: Layer,  # noqa: F811
+    source: str,
+    out: str,
+    errors: str | None,
+    more: tuple[str, ...],
+) -> None:
+    """By whatever name it is called: another spelling, a link of either kind, stdin."""
+    paths(*customers(1))
+    os.symlink("paths", "symbolic")
+    os.symlink("new", "to_new")
+    os.link("paths", "hard")
+    os.link("paths", "other.journal")
+    before = {name: Path(name).read_bytes() for name in os.listdir() if Path(name).exists()}
+    with open("paths", "rb") as file, descriptor_replaced(0, file.fileno()):
+        ran = layer("fetch", source, "--out", out, *(("--errors", errors) if errors else ()), *more)
+    assert ran.code == 2
+    assert "are one file: each takes a file of its own" in ran.err
+    assert {name: Path(name).read_bytes() for name in os.listdir() if Path(name).exists()} == before
+
+
+@pytest.mark.parametrize("arguments", [("--out", "-"), ("--out", "/dev/stdout"), ("--out", "out", "--errors", "both")])
+def test_stdout_may_be_one_of_the_files_too(layer: Layer, arguments: tuple[str, ...]) -> None:  # noqa: F811
+    Path("both").write_text("/api/customers/1\n")
+    os.link("both", "paths")
+    with open("both", "ab") as file, descriptor_replaced(1, file.fileno()):
+        ran = layer("fetch", "paths", *arguments)
+    assert ran.code == 2
+    assert "are one file: each takes a file of its own" in ran.err
+    assert Path("both").read_text() == "/api/customers/1\n"
+
+
+def test_devices_are_nobodys_own(layer: Layer) -> None:  # noqa: F811
+    assert layer("fetch", "/dev/null", "--out", "/dev/null").code == 0
 
 
 # How runs end
@@ -321,13 +377,19 @@ def objects(*lines: Any) -> str:
 
 def test_a_field_names_the_document_and_another_one_says_where_it_is(layer: Layer) -> None:  # noqa: F811
     source = objects(
-        {"id": 7, "path": "/api/sites/7"}, "\n", {"id": "b", "path": "/api/sites/8"}, {"id": 7, "path": "/api/sites/9"}
+        {"id": 7, "path": "/api/sites/7"}, "\n", {"id": "7", "path": "/api/sites/8"}, {"id": 7, "path": "/api/sites/9"}
     )
     ran = layer("fetch", source, "--out", "out", "--key", "id", "--resume", "--errors", "bad")
     assert ran.code == 0
-    assert sorted((line["key"], line["path"], line["value"]["id"]) for line in lines_of("out")) == [
-        ("7", "/api/sites/7", 7),
-        ("b", "/api/sites/8", 8),
+    assert "2 fetched, 0 failed, 0 retries, 1 named twice; the documents are in out." in ran.err
+    ran = layer("fetch", source, "--out", "out", "--key", "id", "--resume")
+    assert "0 fetched, 0 failed, 0 retries, 3 already there; the documents are in out." in ran.err
+    assert [
+        (line["key"], line["path"], line["value"]["id"])
+        for line in sorted(lines_of("out"), key=lambda line: line["path"])
+    ] == [
+        (7, "/api/sites/7", 7),
+        ("7", "/api/sites/8", 8),
     ]
     source = objects({"where": "/api/sites/1"}, {"where": "/api/sites/9999"})
     ran = layer("fetch", source, "--out", "out2", "--path", "where", "--errors", "bad2")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import pytest
 import respx
@@ -17,7 +18,11 @@ from layer_async import (
     AuthenticationError,
     DeadlineExceededError,
     Event,
+    LayerError,
     Outcome,
+    Pacing,
+    PageNumber,
+    Progress,
     RateLimitError,
     ResponseDecodeError,
     RetryPolicy,
@@ -209,6 +214,194 @@ async def test_a_429_that_asks_for_too_long_burns_no_items(router: respx.MockRou
                     got.append(outcome)
     assert [outcome.ok for outcome in got] == [True, True]  # all others wait at the gate
     assert len(away.requests) <= 5
+
+
+class Settled:
+    """A journal in memory."""
+
+    inputs_changed: str | None = None
+
+    def __init__(self) -> None:
+        self.settled: dict[str, bool] = {}
+
+    def open(self) -> None: ...
+    def close(self) -> None: ...
+    def pulled(self, key: str) -> None: ...
+    def ended(self) -> None: ...
+
+    def is_settled(self, key: str) -> bool:
+        return key in self.settled
+
+    def settle(self, key: str, *, ok: bool) -> None:
+        self.settled[key] = ok
+
+
+@pytest.mark.parametrize("pacing", [Pacing(), None])
+@pytest.mark.parametrize("how", ["drain", "stop_when"])
+@pytest.mark.parametrize("count", [5, 30])
+async def test_a_bulk_that_is_stopped_gives_up_what_waits_for_the_server_and_lets_the_rest_finish(
+    router: respx.MockRouter, pacing: Pacing | None, how: str, count: int
+) -> None:
+    """By an hour's Retry-After. What is given up is not settled; what is sent after the stop does not wait either."""
+    away = Away(httpx.Response(429, headers={"Retry-After": "3600"}), first=3, last=10**6)
+    router.route().mock(side_effect=away)
+    journal, may_go_on = Settled(), anyio.Event()
+    got: dict[str, Outcome[str, Any]] = {}
+    async with make(pacing=pacing) as client:
+
+        async def call(path: str) -> Any:
+            if path == PATHS[2]:
+                await may_go_on.wait()
+                return "finished"
+            if path == PATHS[3]:
+                await may_go_on.wait()
+                await anyio.lowlevel.checkpoint()
+            return await client.get(path)
+
+        def is_enough(progress: Progress) -> bool:
+            return progress.done >= 3
+
+        paths = PATHS[:count]
+        rule = is_enough if how == "stop_when" else None
+        async with anyio.create_task_group() as group:
+
+            async def stop() -> None:
+                while len(got) < 2 or len(away.requests) < 3:
+                    await anyio.sleep(0)
+                await anyio.wait_all_tasks_blocked()
+                if how == "drain":
+                    outcomes.drain()
+                may_go_on.set()
+
+            with anyio.fail_after(5):
+                async with client.bulk(paths, call, workers=5, journal=journal, stop_when=rule) as outcomes:
+                    group.start_soon(stop)
+                    async for outcome in outcomes:
+                        got[outcome.key] = outcome
+    assert {path: outcome.ok for path, outcome in got.items()} == {
+        path: path in PATHS[:3] for path in PATHS[: len(got)]
+    }
+    assert journal.settled == dict.fromkeys(PATHS[:3], True)
+    assert outcomes.stopped == ("drained." if how == "drain" else "stop_when said so.")
+    assert len(got) == 5 if count == 5 else len(got) < 12
+    with pytest.raises(LayerError, match="the bulk was stopped while this waited"):
+        got[PATHS[4]].unwrap()
+
+
+async def test_an_item_that_waits_behind_a_redirect_of_what_must_not_be_done_twice_is_settled(
+    router: respx.MockRouter,
+) -> None:
+    journal = Settled()
+    async with make(follow_redirects=True) as client:
+
+        def redirect(_: httpx.Request) -> httpx.Response:
+            gate = client._corridor.identity.gate
+            assert gate is not None
+            gate.shut(3600)
+            outcomes.drain()
+            return httpx.Response(303, headers={"Location": "/api/done"})
+
+        router.route().mock(side_effect=redirect)
+        with anyio.fail_after(5):
+            async with client.bulk(
+                ["POST", "PUT"], lambda method: client.request(method, "/api/x"), workers=1, journal=journal
+            ) as outcomes:
+                (outcome,) = [outcome async for outcome in outcomes]
+    assert isinstance(outcome.error, LayerError)
+    assert outcome.error.maybe_processed
+    assert journal.settled == {"POST": False}
+
+
+# Fed by pages
+
+
+def paged(away: Any, count: int = 12) -> Any:
+    """So many pages of two paths each, then an empty one; `away` decides what becomes of each request."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        met: httpx.Response = away(request)
+        if met.status_code != 200 or request.url.path != "/api/list":
+            return met
+        number = int(request.url.params["page"])
+        return httpx.Response(200, json=PATHS[2 * number - 2 : 2 * number] if number <= count else [])
+
+    return answer
+
+
+@pytest.mark.parametrize("fail", [httpx.ConnectError, httpx.Response(503), httpx.Response(502)], ids=str)
+@pytest.mark.parametrize(("first", "last"), [(1, 40), (9, 60), (29, 90)])
+@pytest.mark.parametrize("prefetch", [0, 3])
+async def test_an_outage_is_waited_out_by_the_pages_that_a_bulk_is_fed_by(
+    router: respx.MockRouter, fail: Any, first: int, last: int, prefetch: int
+) -> None:
+    away = Away(fail, first=first, last=last)
+    router.route().mock(side_effect=paged(away))
+    with anyio.fail_after(5):
+        async with make() as client, client.paginate("/api/list", pages=PageNumber(), prefetch=prefetch) as pages:
+
+            async def items() -> AsyncIterator[str]:
+                async for path in pages:
+                    yield path
+
+            async with client.bulk(items() if first == 9 else pages, workers=4) as outcomes:
+                got = [outcome async for outcome in outcomes]
+    assert sorted(outcome.item for outcome in got) == sorted(PATHS[:24])
+    assert all(outcome.ok for outcome in got)
+    assert outcomes.stopped is None
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_a_page_whose_trouble_is_its_own_ends_the_bulk_with_its_error(
+    router: respx.MockRouter, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(_outage.Outage, "missed", lambda *_, **__: False)  # others are answered
+    router.route(path="/api/list", params={"page": "3"}).respond(status)
+    router.route().mock(side_effect=paged(Away(None, first=10**6)))
+    got: list[str] = []
+    async with make() as client, client.bulk(client.paginate("/api/list", pages=PageNumber()), workers=4) as outcomes:
+
+        async def read() -> None:
+            async for outcome in outcomes:
+                got.append(outcome.item)
+
+        with pytest.raises(ServerError):
+            await read()
+    assert sorted(got) == PATHS[:4]
+    assert outcomes.stopped is None
+
+
+@pytest.mark.parametrize("how", ["outage_timeout", "drain in an outage", "drain at the gate"])
+async def test_a_bulk_that_is_stopped_does_not_raise_what_its_next_page_met(router: respx.MockRouter, how: str) -> None:
+    headers = {"Retry-After": "3600"} if how == "drain at the gate" else {}
+    away = Away(httpx.Response(429 if headers else 503, headers=headers), first=3, last=10**6)
+    router.route().mock(side_effect=paged(away))
+    got: list[Outcome[str, Any]] = []
+    may_go_on = anyio.Event()
+    async with make() as client, anyio.create_task_group() as group:
+
+        async def call(path: str) -> Any:
+            if path == PATHS[1]:  # under way until the page is given up, so that the loop waits
+                return await may_go_on.wait()
+            return await client.get(path)
+
+        async def stop() -> None:
+            while len(away.requests) < (3 if headers else 12):
+                await anyio.sleep(0)
+            await anyio.wait_all_tasks_blocked()
+            if how != "outage_timeout":
+                outcomes.drain()
+                await anyio.wait_all_tasks_blocked()
+            may_go_on.set()
+
+        pages = client.paginate("/api/list", pages=PageNumber())
+        timeout = 0.02 if how == "outage_timeout" else 600
+        with anyio.fail_after(5):
+            async with client.bulk(pages, call, workers=2, outage_timeout=timeout) as outcomes:
+                group.start_soon(stop)
+                async for outcome in outcomes:
+                    got.append(outcome)
+    assert [outcome.ok for outcome in got] == [True, True]
+    assert outcomes.stopped is not None
 
 
 # Tokens

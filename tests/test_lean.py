@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -27,6 +28,7 @@ from layer_async import (
     DeadlineExceededError,
     LayerError,
     MalformedResponseError,
+    NotFoundError,
     RetryPolicy,
     ServerError,
     TokenPair,
@@ -608,6 +610,79 @@ async def test_a_call_that_gets_no_slot_after_a_refresh_times_out_and_holds_none
         assert caught.value.phase == "pool"
         tasks.cancel_scope.cancel()
     assert client.pool.stats.in_use == client.pool.stats.waiting == 0
+
+
+CODINGS = {
+    "\xff": b'{"n": 1}',
+    "gzip\xff": b'{"n": 1}',
+    "g\xc3\xafp": b'{"n": 1}',  # UTF-8
+    "identity, \xff\xfe": b'{"n": 1}',
+    "gzip, \xe4": gzip.compress(b'{"n": 1}'),
+    "\x80, gzip": gzip.compress(b'{"n": 1}'),
+}
+
+
+@pytest.mark.parametrize("coding", CODINGS, ids=ascii)
+@pytest.mark.parametrize("touched", [None, "handle_async_request of the transport's class", "send, on the class"])
+async def test_a_content_coding_that_is_no_ascii_is_one_that_nobody_knows(
+    coding: str, touched: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left as it is, on every way, and what else the body is in is undone."""
+
+    body = CODINGS[coding]
+
+    def answer(status: str, framing: str, *parts: bytes) -> Callable[[Exchange], None]:
+        head = f"HTTP/1.1 {status}\r\n{framing}\r\nContent-Encoding: {coding}\r\n\r\n".encode("latin-1")
+        return lambda ex: ex.send(head, *parts)
+
+    behaviours = {
+        "of-length": answer("200 OK", f"Content-Length: {len(body)}", body),
+        "in-chunks": answer(
+            "200 OK", "Transfer-Encoding: chunked", *(b"1\r\n%c\r\n" % byte for byte in body), b"0\r\n\r\n"
+        ),
+        "not-found": answer("404 Not Found", f"Content-Length: {len(body)}", body),
+    }
+    with FaultServer() as server:
+        server.behaviours.update(behaviours)
+        async with make(server) as client:
+            if touched:
+                TOUCHES[touched](client, monkeypatch, [])
+            for path in ("/of-length/1", "/in-chunks/1"):
+                assert (await client.get(path)).content == b'{"n": 1}'
+                assert await client.get(path, into=dict[str, int]) == {"n": 1}
+                async with client.stream("GET", path) as response:
+                    assert await response.aread() == b'{"n": 1}'
+            with pytest.raises(NotFoundError) as caught:
+                await client.get("/not-found/1")
+            assert caught.value.body == b'{"n": 1}'
+
+
+@pytest.mark.parametrize("touched", [None, "handle_async_request of the transport's class", "send, on the class"])
+@pytest.mark.parametrize(
+    "location",
+    ["http://host:5ecret/", "http://[::5ecret", "x-5ecret:path", "http://xn--a/5ecret", "//\xad/5ecret"],
+    ids=ascii,
+)
+async def test_a_location_that_cannot_be_read_is_one_corrupt_answer_and_not_quoted(
+    location: str, touched: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def redirect(ex: Exchange) -> None:
+        ex.send(b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " + location.encode("latin-1") + b"\r\n\r\n")
+
+    with FaultServer() as server:
+        server.behaviours["redirect"] = redirect
+        async with make(server, follow_redirects=True) as client:
+            if touched:
+                TOUCHES[touched](client, monkeypatch, [])
+            for method, attempts in (("GET", 2), ("POST", 1)):
+                with pytest.raises(MalformedResponseError, match="its Location is no URL") as caught:
+                    await client.request(method, "/redirect/1")
+                assert len(caught.value.attempts) == attempts
+                assert caught.value.maybe_processed is (method == "POST")
+                assert "5ecret" not in "".join(traceback.format_exception(caught.value))
+            stats = client.pool.stats
+            assert (stats.in_use, stats.waiting) == (0, 0)
+    assert len(server.record.requests) == 3
 
 
 def test_only_a_librarys_own_plain_function_counts_as_untouched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,9 @@ def fetch(
             tally.pace = lambda: client.pace
             call = pages_call(client, strategy, items) if strategy else document_call(client)
             try:
-                with open_results(out, errors=errors, resume=resume, retry_failed=retry_failed, force=force) as results:
+                with open_results(
+                    out, errors=errors, source=file, resume=resume, retry_failed=retry_failed, force=force
+                ) as results:
                     tally.lines, tally.results = lines, results
                     bulk = client.bulk(lines.read(), call, key=lambda item: item.key, journal=results.ledger, **options)
                     with showing(tally, is_output_on_terminal=out == "-" and os.isatty(1)):
@@ -183,16 +185,18 @@ def line_of(item: Item, body: bytes) -> bytes:
     return msgspec.json.encode({**item.names, "value": value}) + b"\n"
 
 
-async def write_outcomes(outcomes: AsyncIterable[Outcome[str, Found, Item]], results: Results, tally: Tally) -> None:
+async def write_outcomes(
+    outcomes: AsyncIterable[Outcome[str | int, Found, Item]], results: Results, tally: Tally
+) -> None:
     """Write each outcome that is a document, and tell of each that is not.
 
     Refused tokens are told at the end of the run, unless that comes by the one error that says so for all of them.
     """
-    refused: deque[Outcome[str, Found, Item]] = deque()
+    refused: deque[Outcome[str | int, Found, Item]] = deque()
 
-    def fail(outcome: Outcome[str, Found, Item]) -> None:
+    def fail(outcome: Outcome[str | int, Found, Item]) -> None:
         assert isinstance(outcome.error, LayerError)
-        tally.fail(outcome.key, outcome.error)
+        tally.fail(str(outcome.key), outcome.error)
         results.write_error(outcome.item.names, outcome.error, outcome.attempts)
 
     try:
