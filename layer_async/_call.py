@@ -18,7 +18,7 @@ import functools
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import anyio
 import attrs
@@ -310,7 +310,7 @@ class Call:
         """Where it goes."""
         url = self._url
         if url is None:
-            url = self._url = self.corridor.origin.resolve(self.given["path"])
+            url = self._url = self.corridor.origin.at(cast(bytes, self.target))
         return url
 
     @property

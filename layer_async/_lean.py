@@ -297,8 +297,11 @@ class Lane:
             response = await self._send_on_wire(request, record)
         else:
             assert self._transport is not None
-            with request_context(request=request):
+            try:
                 response = await self._transport.handle_async_request(request)
+            except httpx.RequestError as exc:
+                exc.request = request
+                raise
             response.request = request
         if not _take_whole(response, limit):
             try:

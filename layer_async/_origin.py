@@ -32,7 +32,7 @@ RAW_NAMES = frozenset(name.encode() for name in LOWER_NAMES)
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*")
-PLAIN = re.compile(r"((?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+/?)(?:\?([A-Za-z0-9._~&=,+-]+))?")
+PLAIN = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+/?(?:\?[A-Za-z0-9._~&=,+-]+)?")
 LONGEST_PLAIN = 2048  # httpx refuses URLs of more than 64 KiB
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -97,32 +97,33 @@ class Origin(Value):
         or is not clearly a path: `//host`, a backslash, a user, a scheme without a host, white space at an end, a
         control character.
         """
-        url = self._extended(path) or self._locate(path)
+        target = self.target(path)
+        url = self._locate(path) if target is None else self.at(target)
+        del target
         if isinstance(url, str):
             del path
             raise ConfigurationError(url)
         return url
 
     def target(self, path: object) -> bytes | None:
-        """The target of a request to `path` (RFC 9112 section 3.2.1), where nothing in it needs a second look."""
-        if not isinstance(path, str) or len(path) > LONGEST_PLAIN or path.startswith("//"):
+        """The target of a request to `path` (RFC 9112 section 3.2.1), where nothing in it needs a second look.
+
+        The base path is likewise then, so that `at` can make a URL of it without parsing.
+        """
+        if self._base is None or not isinstance(path, str) or len(path) > LONGEST_PLAIN or path.startswith("//"):
             return None
         whole = f"{self.base_path}{path.removeprefix('/')}"
         return None if PLAIN.fullmatch(whole) is None else whole.encode("ascii")
 
-    def _extended(self, path: object) -> httpx.URL | None:
-        """The same for a path in which nothing needs a second look, and the base path being likewise.
+    def at(self, target: bytes) -> httpx.URL:
+        """The URL of what `target` gave.
 
         It is put into a copy of the base URL: parsing that again for each call costs as much as decoding an answer.
-        The private name is httpx's; where it is missing, or the path is not that plain, `_locate` does it all.
+        The private name is httpx's; where it is missing there are no such targets.
         """
-        if self._base is None or not isinstance(path, str) or len(path) > LONGEST_PLAIN:
-            return None
-        plain = PLAIN.fullmatch(f"{self.base_path}{path.removeprefix('/')}")
-        if plain is None or path.startswith("//"):
-            return None
+        path, _, query = target.decode("ascii").partition("?")
         url = httpx.URL.__new__(httpx.URL)
-        url._uri_reference = self._base._uri_reference._replace(path=plain[1], query=plain[2])
+        url._uri_reference = cast(httpx.URL, self._base)._uri_reference._replace(path=path, query=query or None)
         return url
 
     def _locate(self, path: object) -> httpx.URL | str:
