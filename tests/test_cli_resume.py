@@ -25,6 +25,7 @@ from .test_cli import (
     Layer,
     Ran,
     customers,
+    descriptor_replaced,
     environment,  # noqa: F401 (a fixture)
     files_limited_to,
     layer,  # noqa: F401 (a fixture)
@@ -173,7 +174,7 @@ def test_force_begins_anew(layer: Layer) -> None:  # noqa: F811
         (["--out", "-", "--resume"], "--resume needs a file"),
         (["--out", "/dev/null", "--resume"], "--resume needs a file"),
         (["--out", "out", "--retry-failed"], "--retry-failed is for --resume"),
-        (["--out", "out", "--errors", "out"], "--errors takes a file of its own"),
+        (["--out", "out", "--errors", "out"], "--errors and --out are one file: each takes a file of its own"),
         (["--out", "out", "--errors", "-"], "--errors takes a file of its own"),
         (["--out", "out", "--items", "data"], "--items is for --pages"),
         (["--out", "out", "--pages", "leaf"], "--pages knows number, offset, cursor, next, link, not 'leaf'"),
@@ -204,6 +205,59 @@ def test_a_file_for_errors_that_cannot_be_made_is_told(layer: Layer, name: str) 
     assert ran.code == 4
     assert f"{name} cannot be written" in ran.err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("more", [("--force",), ("--resume",)])
+@pytest.mark.parametrize(
+    ("source", "out", "errors"),
+    [
+        ("paths", "paths", None),
+        ("paths", "./symbolic", None),
+        ("paths", "hard", None),
+        ("paths", "out", "paths"),
+        ("paths", "out", "hard"),
+        ("symbolic", "out", "hard"),
+        ("other.journal", "other", None),
+        ("paths", "out", "out.journal"),
+        ("paths", "new", "to_new"),
+        ("-", "paths", None),
+        ("-", "out", "hard"),
+    ],
+)
+def test_no_file_is_written_over_another_that_the_run_needs(
+    layer: Layer,  # noqa: F811
+    source: str,
+    out: str,
+    errors: str | None,
+    more: tuple[str, ...],
+) -> None:
+    """By whatever name it is called: another spelling, a link of either kind, stdin."""
+    paths(*customers(1))
+    os.symlink("paths", "symbolic")
+    os.symlink("new", "to_new")
+    os.link("paths", "hard")
+    os.link("paths", "other.journal")
+    before = {name: Path(name).read_bytes() for name in os.listdir() if Path(name).exists()}
+    with open("paths", "rb") as file, descriptor_replaced(0, file.fileno()):
+        ran = layer("fetch", source, "--out", out, *(("--errors", errors) if errors else ()), *more)
+    assert ran.code == 2
+    assert "are one file: each takes a file of its own" in ran.err
+    assert {name: Path(name).read_bytes() for name in os.listdir() if Path(name).exists()} == before
+
+
+@pytest.mark.parametrize("arguments", [("--out", "-"), ("--out", "/dev/stdout"), ("--out", "out", "--errors", "both")])
+def test_stdout_may_be_one_of_the_files_too(layer: Layer, arguments: tuple[str, ...]) -> None:  # noqa: F811
+    Path("both").write_text("/api/customers/1\n")
+    os.link("both", "paths")
+    with open("both", "ab") as file, descriptor_replaced(1, file.fileno()):
+        ran = layer("fetch", "paths", *arguments)
+    assert ran.code == 2
+    assert "are one file: each takes a file of its own" in ran.err
+    assert Path("both").read_text() == "/api/customers/1\n"
+
+
+def test_devices_are_nobodys_own(layer: Layer) -> None:  # noqa: F811
+    assert layer("fetch", "/dev/null", "--out", "/dev/null").code == 0
 
 
 # How runs end

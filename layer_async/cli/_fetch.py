@@ -118,7 +118,9 @@ def fetch(
             tally.pace = lambda: client.pace
             call = pages_call(client, strategy, items) if strategy else document_call(client)
             try:
-                with open_results(out, errors=errors, resume=resume, retry_failed=retry_failed, force=force) as results:
+                with open_results(
+                    out, errors=errors, source=file, resume=resume, retry_failed=retry_failed, force=force
+                ) as results:
                     tally.lines, tally.results = lines, results
                     bulk = client.bulk(lines.read(), call, key=lambda item: item.key, journal=results.ledger, **options)
                     with showing(tally, is_output_on_terminal=out == "-" and os.isatty(1)):

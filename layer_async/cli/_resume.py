@@ -7,7 +7,9 @@ The output is on the disk before the journal says so. Nobody else's file is over
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import stat
 from collections.abc import Generator
 
 import attrs
@@ -91,11 +93,17 @@ class Results:
 
 
 @contextlib.contextmanager
-def open_results(out: str, *, errors: str | None, resume: bool, retry_failed: bool, force: bool) -> Generator[Results]:
-    """Open them all, or raise `OutputError` or `ConfigurationError` and leave everything as it is."""
+def open_results(
+    out: str, *, errors: str | None, source: io.FileIO, resume: bool, retry_failed: bool, force: bool
+) -> Generator[Results]:
+    """Open them all, or raise `OutputError` or `ConfigurationError` and leave everything as it is.
+
+    `source` is what the run reads, which none of them may be.
+    """
     journal = f"{out}.journal"
-    if errors is not None and (errors == "-" or os.path.realpath(errors) in map(os.path.realpath, (out, journal))):
+    if errors == "-":
         raise ConfigurationError("--errors takes a file of its own.")
+    _refuse_one_for_two(source, out, errors, journal)
     if retry_failed and not resume:
         raise ConfigurationError("--retry-failed is for --resume.")
     is_file = out != "-" and (os.path.isfile(out) or not os.path.exists(out))
@@ -116,6 +124,34 @@ def open_results(out: str, *, errors: str | None, resume: bool, retry_failed: bo
         if errors is not None:
             writer = opened.enter_context(LineWriter.open(errors, overwrite=force, append=resume and not force))
         yield Results(output, writer, ledger)
+
+
+def _refuse_one_for_two(source: io.FileIO, out: str, errors: str | None, journal: str) -> None:
+    """Nothing is written over the input, or by two writers: whatever they are called, links and redirections too."""
+    files: list[tuple[str, str | int]] = [("the input", source.fileno()), ("--out", 1 if out == "-" else out)]
+    if out != "-":
+        files += [(f"the journal {journal}", f"{journal}{end}") for end in ("", "-wal", "-shm", "-lock")]
+    if errors is not None:
+        files.append(("--errors", errors))
+    owners: dict[object, str] = {}
+    for role, file in files:
+        for mark in _marks(file):
+            owner = owners.setdefault(mark, role)
+            if owner != role:
+                raise ConfigurationError(f"{role} and {owner} are one file: each takes a file of its own.")
+
+
+def _marks(file: str | int) -> Generator[object]:
+    """What two names of one file have in common. Devices and pipes may be shared."""
+    try:
+        status = os.stat(file)
+    except OSError:  # there is none yet, or it will be told when it is opened
+        status = None
+    if status is None or stat.S_ISREG(status.st_mode):
+        if isinstance(file, str):
+            yield os.path.realpath(file)
+        if status is not None:
+            yield status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager
