@@ -149,7 +149,7 @@ class Bulk(Generic[K, V, T]):
         ordered: Whether outcomes come in the order of the items instead of as they complete.
         journal: Knows which keys are settled, so that a run can be resumed: a `Journal`, or the path of one. Items
             whose key is settled are passed over; an item is settled once the loop body that received its outcome has
-            ended. Keys are then text or whole numbers.
+            ended. Keys are then text or whole numbers (1 and "1" are two).
         stop_when: Ends the run early: a number of failures, a failure rate (a float up to 1.0, once 20 items are done),
             or a function of the `Progress`. Nothing more is pulled then, what is under way has its outcomes, and the
             loop ends, with `outcomes.stopped` saying why.
@@ -552,11 +552,11 @@ class Bulk(Generic[K, V, T]):
 
 
 def _name_of(key: object) -> str:
-    """The journal's name for a key."""
+    """The journal's name for a key. Whole numbers have names that no text has: 1 and "1" are two items."""
     if isinstance(key, str):
-        return key
+        return f"\0{key}" if key.startswith("\0") else key
     if isinstance(key, int) and not isinstance(key, bool):
-        return str(key)
+        return f"\0{int(key)}"
     raise ConfigurationError(
         f"a journal knows items by text or whole numbers, not by {type(key).__name__}: give the bulk a `key`."
     )

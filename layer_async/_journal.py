@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 __all__ = ["Journal"]
 
 APPLICATION_ID = 0x4C61794A
-VERSION = 1
+VERSION = 2
 BATCH = 1000  # so many keys are committed at once,
 AGE = 0.2  # or, where fewer come, those of so many seconds
 BACKLOG = 8 * BATCH  # where the disk is slower than the run, the run waits from here on
 # A statement settles so many keys: each statement gives up the interpreter's lock once, which a busy event loop is slow
-# to give back. Two parameters each, and old SQLites allow 999.
-ROWS = 400
+# to give back. Three parameters each, and old SQLites allow 999.
+ROWS = 300
 CACHE_KIB = 1024  # of each of two connections
 WAL_BYTES = 4 * 2**20  # from this size on, what is in the write-ahead log is moved into the database
 
 SCHEMA = (
-    "CREATE TABLE settled (key BLOB PRIMARY KEY, ok INTEGER NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE state (settled, failed, place, pulled, in_order, in_any_order, ended)",
-    "INSERT INTO state VALUES (0, 0, NULL, 0, x'', x'', 0)",
+    "CREATE TABLE settled (key BLOB PRIMARY KEY, ok INTEGER NOT NULL, run INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE state (settled, failed, place, runs, pulled, in_order, in_any_order, ended)",
+    "INSERT INTO state VALUES (0, 0, NULL, 0, 0, x'', x'', 0)",
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {VERSION}",
 )
@@ -54,8 +54,9 @@ class Journal:
     """Which keys of a bulk are settled, in a file: `client.bulk(paths, journal=Journal("run.db"))`.
 
     A bulk that is given the journal of an earlier run skips the keys that are settled there. It may be used for that
-    alone, or by hand: `with Journal("run.db") as journal`, then `pulled`, `is_settled` and `settle` for each key. All
-    methods may be called from any thread; none waits for the disk but `open`, `flush` and `close`.
+    alone, or by hand: `with Journal("run.db") as journal`, then `pulled`, `is_settled` and `settle` for each key; a
+    bulk calls the whole number 7 `"\\x007"` there, so that it is not "7". All methods may be called from any thread;
+    none waits for the disk but `open`, `flush` and `close`.
 
     Arguments:
         path: The file, an SQLite database, which is made where there is none. Keys are stored in it as they are given:
@@ -88,12 +89,14 @@ class Journal:
         self._settled = self._failed = 0
         self._offset: int | None = None
         self._new_offset: int | None = None
+        self._run = 0
+        self._repeated = 0
         self._inputs = _Inputs()
 
     def open(self) -> None:
         """Open the file, or make it.
 
-        Raises `ConfigurationError` when another run holds it, when it is not a journal or one of a newer version, and
+        Raises `ConfigurationError` when another run holds it, when it is not a journal or one of another version, and
         when it cannot be read or written.
         """
         import sqlite3
@@ -115,7 +118,8 @@ class Journal:
             except (sqlite3.Error, OSError) as exc:
                 raise ConfigurationError(_why_not(exc, self.path)) from exc
             self._reset()
-            self._settled, self._failed, self._offset, *inputs = state
+            self._settled, self._failed, self._offset, runs, *inputs = state
+            self._run = runs + 1
             self._inputs = _Inputs(*inputs, settled=self._settled)
             opened.pop_all()
         self._guard, self._writer, self._reader = lock, writer, reader
@@ -126,16 +130,17 @@ class Journal:
         """Whether `key` is settled: in an earlier run, or already in this one. Some microseconds."""
         raw = _raw(key)
         with self._lock:
-            ok = self._pending.get(raw)
-            if ok is None:
-                ok = self._committing.get(raw)
-            if ok is None:
-                row = self._opened().execute("SELECT ok FROM settled WHERE key = ?", (raw,)).fetchone()
+            ok, run = 0, self._run
+            if raw not in self._pending and raw not in self._committing:
+                row = self._opened().execute("SELECT ok, run FROM settled WHERE key = ?", (raw,)).fetchone()
                 if row is None:
                     return False
-                self._inputs.known += 1
-                ok = bool(row[0])
-        return ok or not self.retry_failed
+                ok, run = row
+            if run == self._run:
+                self._repeated += 1
+                return True
+            self._inputs.known += 1
+        return bool(ok) or not self.retry_failed
 
     def settle(self, key: str, *, ok: bool, offset: int | None = None) -> None:
         """Note that `key` is settled, with a value (`ok`) or as failed; it is committed soon, with others.
@@ -212,6 +217,11 @@ class Journal:
         return self._failed
 
     @property
+    def repeated(self) -> int:
+        """How often a key was asked for that this same run had settled."""
+        return self._repeated
+
+    @property
     def offset(self) -> int | None:
         """How long the output is with all that is settled in it, as of the last commit; None if nobody ever said."""
         return self._offset
@@ -268,13 +278,13 @@ class Journal:
                 self._writer.execute("BEGIN IMMEDIATE")
                 settled, failed = self._settled, self._failed
                 for start in range(0, len(rows), ROWS):
-                    known, known_failed = _settle_rows(self._writer, chunk := rows[start : start + ROWS])
+                    known, known_failed = _settle_rows(self._writer, self._run, chunk := rows[start : start + ROWS])
                     settled += len(chunk) - known
                     failed += sum(not ok for _, ok in chunk) - known_failed
                 self._writer.execute(
-                    "UPDATE state SET settled = ?, failed = ?, place = ?, pulled = ?, in_order = ?, in_any_order = ?,"
-                    " ended = ?",
-                    (settled, failed, offset, *inputs),
+                    "UPDATE state SET settled = ?, failed = ?, place = ?, runs = ?, pulled = ?, in_order = ?,"
+                    " in_any_order = ?, ended = ?",
+                    (settled, failed, offset, self._run, *inputs),
                 )
                 self._writer.execute("COMMIT")
             except sqlite3.Error as exc:
@@ -355,7 +365,7 @@ def _raw(key: str) -> bytes:
     return key.encode("utf-8", "surrogatepass")
 
 
-def _settle_rows(writer: sqlite3.Connection, rows: list[tuple[bytes, bool]]) -> tuple[int, int]:
+def _settle_rows(writer: sqlite3.Connection, run: int, rows: list[tuple[bytes, bool]]) -> tuple[int, int]:
     """Settle them, and say how many of them were settled before, and as failed."""
     keys = ",".join(["?"] * len(rows))
     known: int
@@ -365,9 +375,9 @@ def _settle_rows(writer: sqlite3.Connection, rows: list[tuple[bytes, bool]]) -> 
         [key for key, _ in rows],
     ).fetchone()
     writer.execute(
-        f"INSERT INTO settled VALUES {','.join(['(?,?)'] * len(rows))}"  # noqa: S608 (question marks only)
-        " ON CONFLICT (key) DO UPDATE SET ok = excluded.ok",
-        [value for row in rows for value in row],
+        f"INSERT INTO settled VALUES {','.join(['(?,?,?)'] * len(rows))}"  # noqa: S608 (question marks only)
+        " ON CONFLICT (key) DO UPDATE SET ok = excluded.ok, run = excluded.run",
+        [value for key, ok in rows for value in (key, ok, run)],
     )
     return known, int(known_failed)
 
@@ -387,9 +397,10 @@ def _prepare(writer: sqlite3.Connection, path: Path) -> None:
     is_new = application_id == version == tables == 0
     if not is_new and application_id != APPLICATION_ID:
         raise ConfigurationError(f"{path} is a database, but not a journal: name another file.")
-    if version > VERSION:
+    if not is_new and version != VERSION:
+        which = "a newer" if version > VERSION else "an older"
         raise ConfigurationError(
-            f"the journal {path} was written by a newer version of layer_async: upgrade to resume."
+            f"the journal {path} was written by {which} version of layer_async: resume with that one, or name another."
         )
     writer.execute("PRAGMA journal_mode = WAL").fetchone()
     writer.execute("PRAGMA synchronous = NORMAL")

@@ -26,7 +26,11 @@ T = TypeVar("T", default=K)  # the item: its own key, unless `key=` makes anothe
 
 
 class SettledKeys(Protocol):
-    """What a bulk needs of a journal; `Journal` is one. `open` and `close` are called in a worker thread."""
+    """What a bulk needs of a journal; `Journal` is one. `open` and `close` are called in a worker thread.
+
+    Keys are names here: of text the text itself, of a whole number a NUL character and its digits (a text that begins
+    with NUL gets another one).
+    """
 
     @property
     def inputs_changed(self) -> str | None:

@@ -121,7 +121,9 @@ def test_the_same_line_twice_is_one_item(layer: Layer) -> None:  # noqa: F811
     ran = layer("fetch", paths(*customers(3) * 50), "--out", "out", "--resume")
     assert ran.code == 0
     assert found() == customers(3)
-    assert "3 fetched, 0 failed, 0 retries, 147 already there" in ran.err
+    assert "3 fetched, 0 failed, 0 retries, 147 named twice" in ran.err
+    ran = layer("fetch", "paths", "--out", "out", "--resume")
+    assert "0 fetched, 0 failed, 0 retries, 150 already there" in ran.err
 
 
 def test_what_cannot_be_resumed_is_refused_and_left_as_it_is(layer: Layer) -> None:  # noqa: F811
@@ -375,13 +377,19 @@ def objects(*lines: Any) -> str:
 
 def test_a_field_names_the_document_and_another_one_says_where_it_is(layer: Layer) -> None:  # noqa: F811
     source = objects(
-        {"id": 7, "path": "/api/sites/7"}, "\n", {"id": "b", "path": "/api/sites/8"}, {"id": 7, "path": "/api/sites/9"}
+        {"id": 7, "path": "/api/sites/7"}, "\n", {"id": "7", "path": "/api/sites/8"}, {"id": 7, "path": "/api/sites/9"}
     )
     ran = layer("fetch", source, "--out", "out", "--key", "id", "--resume", "--errors", "bad")
     assert ran.code == 0
-    assert sorted((line["key"], line["path"], line["value"]["id"]) for line in lines_of("out")) == [
-        ("7", "/api/sites/7", 7),
-        ("b", "/api/sites/8", 8),
+    assert "2 fetched, 0 failed, 0 retries, 1 named twice; the documents are in out." in ran.err
+    ran = layer("fetch", source, "--out", "out", "--key", "id", "--resume")
+    assert "0 fetched, 0 failed, 0 retries, 3 already there; the documents are in out." in ran.err
+    assert [
+        (line["key"], line["path"], line["value"]["id"])
+        for line in sorted(lines_of("out"), key=lambda line: line["path"])
+    ] == [
+        (7, "/api/sites/7", 7),
+        ("7", "/api/sites/8", 8),
     ]
     source = objects({"where": "/api/sites/1"}, {"where": "/api/sites/9999"})
     ran = layer("fetch", source, "--out", "out2", "--path", "where", "--errors", "bad2")

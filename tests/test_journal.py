@@ -313,11 +313,11 @@ def test_a_commit_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch)
         settle_rows = _journal._settle_rows
         calls: list[int] = []
 
-        def break_off(writer: sqlite3.Connection, rows: list[tuple[bytes, bool]]) -> tuple[int, int]:
+        def break_off(writer: sqlite3.Connection, run: int, rows: list[tuple[bytes, bool]]) -> tuple[int, int]:
             calls.append(len(rows))
             if len(calls) == 2:
                 raise sqlite3.OperationalError("x")
-            return settle_rows(writer, rows)
+            return settle_rows(writer, run, rows)
 
         monkeypatch.setattr(_journal, "_settle_rows", break_off)
         with pytest.raises(OSError, match="the journal cannot be written: x"):
@@ -451,12 +451,34 @@ def test_what_is_no_journal_is_refused_and_left_as_it_is(path: Path) -> None:
     assert os.listdir(path.parent) == ["run.db"]
 
 
-def test_a_journal_of_a_newer_version_is_refused(path: Path) -> None:
+def test_what_comes_again_in_one_run_is_told_from_what_earlier_runs_settled(path: Path) -> None:
+    with Journal(path) as journal:
+        journal.settle("/good", ok=True)
+        journal.settle("/bad", ok=False)
+    with Journal(path, retry_failed=True) as journal:
+        assert journal.is_settled("/good")
+        assert not journal.is_settled("/bad")
+        assert journal.repeated == 0
+        for count, key in enumerate(("/bad", "/new"), 1):
+            journal.settle(key, ok=False)
+            assert journal.is_settled(key)
+            journal.flush()
+            assert journal.is_settled(key)
+            assert journal.repeated == 2 * count
+        assert journal.is_settled("/good")
+        assert journal.repeated == 4
+    with Journal(path) as journal:
+        assert journal.is_settled("/new")
+        assert journal.repeated == 0
+
+
+@pytest.mark.parametrize(("step", "which"), [(1, "a newer"), (-1, "an older")])
+def test_a_journal_of_another_version_is_refused(path: Path, step: int, which: str) -> None:
     run(path, ["/a"])
     with sqlite3.connect(path) as database:
-        database.execute(f"PRAGMA user_version = {_journal.VERSION + 1}")
+        database.execute(f"PRAGMA user_version = {_journal.VERSION + step}")
     database.close()
-    with pytest.raises(ConfigurationError, match="newer version"):
+    with pytest.raises(ConfigurationError, match=f"{which} version of layer_async"):
         Journal(path).open()
 
 

@@ -185,16 +185,18 @@ def line_of(item: Item, body: bytes) -> bytes:
     return msgspec.json.encode({**item.names, "value": value}) + b"\n"
 
 
-async def write_outcomes(outcomes: AsyncIterable[Outcome[str, Found, Item]], results: Results, tally: Tally) -> None:
+async def write_outcomes(
+    outcomes: AsyncIterable[Outcome[str | int, Found, Item]], results: Results, tally: Tally
+) -> None:
     """Write each outcome that is a document, and tell of each that is not.
 
     Refused tokens are told at the end of the run, unless that comes by the one error that says so for all of them.
     """
-    refused: deque[Outcome[str, Found, Item]] = deque()
+    refused: deque[Outcome[str | int, Found, Item]] = deque()
 
-    def fail(outcome: Outcome[str, Found, Item]) -> None:
+    def fail(outcome: Outcome[str | int, Found, Item]) -> None:
         assert isinstance(outcome.error, LayerError)
-        tally.fail(outcome.key, outcome.error)
+        tally.fail(str(outcome.key), outcome.error)
         results.write_error(outcome.item.names, outcome.error, outcome.attempts)
 
     try:

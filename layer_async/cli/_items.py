@@ -23,12 +23,12 @@ STRATEGIES: dict[str, Any] = {
 class Item:
     """A document, or a collection, to be fetched: where it is, and its name in the journal and the files."""
 
-    key: str
+    key: str | int
     path: str
     has_key: bool = False
 
     @property
-    def names(self) -> dict[str, str]:
+    def names(self) -> dict[str, str | int]:
         """What its lines begin with."""
         return {"key": self.key, "path": self.path} if self.has_key else {"path": self.path}
 
@@ -55,7 +55,7 @@ class ObjectReader:
         if not isinstance(path, str) or not isinstance(key, str | int) or isinstance(key, bool):
             fields = self.path if self.key is None else f"{self.key} and {self.path}"
             raise ConfigurationError(f"{self.source}: line {number} lacks the field {fields}, as text.")
-        return Item(str(key), path, has_key=self.key is not None)
+        return Item(key, path, has_key=self.key is not None)
 
 
 def pages_strategy(text: str) -> PageStrategy:

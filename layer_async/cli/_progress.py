@@ -42,14 +42,18 @@ class Tally:
         self.has_ended = False
 
     def __str__(self) -> str:
-        skipped = self.skipped
-        return f"{self.done:,} {self.verb}, {self.failed:,} failed, {self.retries:,} retries" + (
-            f", {skipped:,} already there" if skipped else ""
+        ledger = None if self.results is None else self.results.ledger
+        repeated = 0 if ledger is None else ledger.repeated
+        before = self.skipped - repeated
+        return (
+            f"{self.done:,} {self.verb}, {self.failed:,} failed, {self.retries:,} retries"
+            + (f", {before:,} already there" if before else "")
+            + (f", {repeated:,} named twice" if repeated else "")
         )
 
     @property
     def skipped(self) -> int:
-        """How many items were settled before."""
+        """How many items were settled before, or came before in this run."""
         return 0 if self.outcomes is None else self.outcomes.progress.skipped
 
     @property

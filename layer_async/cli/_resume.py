@@ -30,6 +30,12 @@ class Ledger:
         self.journal = journal
         self._output = output
         self._under_way: set[str] = set()
+        self._met_under_way = 0
+
+    @property
+    def repeated(self) -> int:
+        """How often a key came that had come in this run before."""
+        return self._met_under_way + self.journal.repeated
 
     @property
     def inputs_changed(self) -> None:
@@ -51,7 +57,10 @@ class Ledger:
 
     def is_settled(self, key: str) -> bool:
         """Whether the item is to be passed over."""
-        if key in self._under_way or self.journal.is_settled(key):
+        if key in self._under_way:
+            self._met_under_way += 1
+            return True
+        if self.journal.is_settled(key):
             return True
         self._under_way.add(key)
         return False
@@ -75,7 +84,7 @@ class Results:
         """The journal of a run that can be resumed."""
         return None if self.ledger is None else self.ledger.journal
 
-    def write_error(self, names: dict[str, str], error: Exception, attempts: int | None) -> None:
+    def write_error(self, names: dict[str, str | int], error: Exception, attempts: int | None) -> None:
         """One line of JSON for an item that failed."""
         if self.errors is not None:
             told = {
