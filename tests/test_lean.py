@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import pickle
 import re
@@ -18,7 +19,7 @@ import httpcore
 import httpx
 import pytest
 
-from layer_async import APITimeoutError, AsyncLayerClient, LayerError, RetryPolicy, TokenPair
+from layer_async import APITimeoutError, AsyncLayerClient, LayerError, NotFoundError, RetryPolicy, TokenPair
 from layer_async import _lean as lean
 from layer_async._seams import Seam
 
@@ -303,8 +304,6 @@ def _error_of(response: httpx.Response, server: FaultServer) -> str | None:
 
 
 def answers() -> dict[str, Callable[[Exchange], None]]:
-    import gzip
-
     def redirect(ex: Exchange) -> None:
         ex.respond(b"elsewhere", status="302 Found", headers="Location: /ok/9\r\n")
 
@@ -453,6 +452,51 @@ async def test_a_call_that_gets_no_slot_after_a_refresh_times_out_and_holds_none
         assert caught.value.phase == "pool"
         tasks.cancel_scope.cancel()
     assert client.pool.stats.in_use == client.pool.stats.waiting == 0
+
+
+CODINGS = {
+    "\xff": b'{"n": 1}',
+    "gzip\xff": b'{"n": 1}',
+    "g\xc3\xafp": b'{"n": 1}',  # UTF-8
+    "identity, \xff\xfe": b'{"n": 1}',
+    "gzip, \xe4": gzip.compress(b'{"n": 1}'),
+    "\x80, gzip": gzip.compress(b'{"n": 1}'),
+}
+
+
+@pytest.mark.parametrize("coding", CODINGS, ids=ascii)
+@pytest.mark.parametrize("touched", [None, "handle_async_request of the transport's class", "send, on the class"])
+async def test_a_content_coding_that_is_no_ascii_is_one_that_nobody_knows(
+    coding: str, touched: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left as it is, on every way, and what else the body is in is undone."""
+
+    body = CODINGS[coding]
+
+    def answer(status: str, framing: str, *parts: bytes) -> Callable[[Exchange], None]:
+        head = f"HTTP/1.1 {status}\r\n{framing}\r\nContent-Encoding: {coding}\r\n\r\n".encode("latin-1")
+        return lambda ex: ex.send(head, *parts)
+
+    behaviours = {
+        "of-length": answer("200 OK", f"Content-Length: {len(body)}", body),
+        "in-chunks": answer(
+            "200 OK", "Transfer-Encoding: chunked", *(b"1\r\n%c\r\n" % byte for byte in body), b"0\r\n\r\n"
+        ),
+        "not-found": answer("404 Not Found", f"Content-Length: {len(body)}", body),
+    }
+    with FaultServer() as server:
+        server.behaviours.update(behaviours)
+        async with make(server) as client:
+            if touched:
+                TOUCHES[touched](client, monkeypatch, [])
+            for path in ("/of-length/1", "/in-chunks/1"):
+                assert (await client.get(path)).content == b'{"n": 1}'
+                assert await client.get(path, into=dict[str, int]) == {"n": 1}
+                async with client.stream("GET", path) as response:
+                    assert await response.aread() == b'{"n": 1}'
+            with pytest.raises(NotFoundError) as caught:
+                await client.get("/not-found/1")
+            assert caught.value.body == b'{"n": 1}'
 
 
 def test_only_a_librarys_own_plain_function_counts_as_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
