@@ -386,10 +386,22 @@ class Course:
         self.flaw = MalformedResponseError(message, request=page.request)
 
     def _repeated(self, page: Page) -> str:
+        strategy = self.strategy
+        told = f"page {self.pages + 1} is equal to one that came before: {len(page.items)} items again"
+        if isinstance(strategy, NextLink | LinkHeader):
+            where = "at=" if isinstance(strategy, NextLink) else "rel="
+            return f"{told}, so this would go on for ever. Is the link that {where} names the one to the next page?"
+        asked = f"Does the server know {self._names()}?"
+        if not strategy.is_counted:
+            return f"{told}, so this would go on for ever. {asked}"
+        if strategy.total is None and strategy.total_pages is None:
+            return (
+                f"{told}, so this would go on for ever. {asked} Where it repeats its last page instead of ending, say "
+                "with total= where the count of the items stands."
+            )
         return (
-            f"page {self.pages + 1} is equal to one that came before, so this would go on for ever: "
-            f"{len(page.items)} items again. Does the server know {self._names()}? Where it repeats its last page "
-            "instead of ending, say with total= where the count of the items stands."
+            f"{told}, though the end is not reached by what it says itself. {asked} Where items are rightly so equal, "
+            "ask for each page with get, which looks at none."
         )
 
     def _circular(self) -> str:

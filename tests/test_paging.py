@@ -677,6 +677,46 @@ async def test_a_server_that_begins_anew_is_noticed() -> None:
             await read(client.paginate("/x", pages=PageNumber()))
 
 
+SAME = {"data": [1, 2], "next": "/x?page=7", "total": 9, "pages": 5}
+ASKS = "Does the server know the parameter '{}'?"
+ENDLESS = "page 2 is equal to one that came before: 2 items again, so this would go on for ever. "
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (
+            PageNumber(),
+            ENDLESS + ASKS.format("page") + " Where it repeats its last page instead of ending, say with total=",
+        ),
+        (
+            OffsetLimit(),
+            ENDLESS + ASKS.format("offset") + " Where it repeats its last page instead of ending, say with total=",
+        ),
+        (PageNumber(total="total"), "though the end is not reached by what it says itself. " + ASKS.format("page")),
+        (PageNumber(total_pages="pages"), "though the end is not reached by what it says itself. "),
+        (OffsetLimit(total="total"), "though the end is not reached by what it says itself. "),
+        (Cursor(at="next", total="total"), ENDLESS + ASKS.format("cursor")),
+        (NextLink(total="total"), ENDLESS + "Is the link that at= names the one to the next page?"),
+        (LinkHeader(total="total"), ENDLESS + "Is the link that rel= names the one to the next page?"),
+    ],
+    ids=repr,
+)
+async def test_equal_pages_are_refused_with_advice_that_can_be_followed(strategy: Any, message: str) -> None:
+    answer = httpx.Response(200, json=SAME, headers={"Link": '</x?page=7>; rel="next"'})
+    async with make(Script(answer, answer)) as client:
+        with pytest.raises(MalformedResponseError) as caught:
+            await read(client.paginate("/x", pages=strategy, items="data"))
+    assert message in str(caught.value)
+    assert ("total=" in str(caught.value)) == ("total=" in message)
+
+
+async def test_a_link_in_a_circle_is_called_one() -> None:
+    async with make(Script(*({"data": [number], "next": "/x?page=7"} for number in range(2)))) as client:
+        with pytest.raises(MalformedResponseError, match=r"leads back .* is the link right"):
+            await read(client.paginate("/x", pages=NextLink(), items="data"))
+
+
 # Links
 
 
