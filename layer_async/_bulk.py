@@ -28,6 +28,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from os import PathLike
@@ -87,25 +88,34 @@ class ItemRecord:
     """What a call knows of the bulk that it works for, and tells it.
 
     For the call: `is_open` until the call for the item has ended; `is_patient`: the item is to wait out any number of
-    429s; `is_in_outage` says whether the bulk waits for the server to come back.
+    429s, each in a block of `waiting()`; `is_in_outage` says whether the bulk waits for the server to come back.
 
     From the call: `attempts`, how many were made for the item (None: its call does not say), and `last_attempts`, what
     the latest request met; `has_acted`: something was done for it that must not be done twice; `outage`: this exception
-    says that the server is away; `refusal`: this one that it refuses everything.
+    says that the server is away; `refusal`: this one that it refuses everything. `is_given_up`: it was still waiting
+    when the bulk was stopped.
     """
 
     __slots__ = (
         "attempts",
         "has_acted",
+        "is_given_up",
         "is_in_outage",
         "is_open",
         "is_patient",
         "last_attempts",
         "outage",
         "refusal",
+        "waits",
     )
 
-    def __init__(self, *, is_patient: bool = True, is_in_outage: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        is_patient: bool = True,
+        is_in_outage: Callable[[], bool] | None = None,
+        waits: Waits | None = None,
+    ) -> None:
         self.is_open = True
         self.is_patient = is_patient
         self.is_in_outage = is_in_outage
@@ -114,6 +124,39 @@ class ItemRecord:
         self.has_acted = False
         self.outage: Exception | None = None
         self.refusal: Exception | None = None
+        self.is_given_up = False
+        self.waits: Waits = Waits() if waits is None else waits
+
+    @contextmanager
+    def waiting(self) -> Generator[None]:
+        """In here the call waits, for as long as it takes, or until the bulk is stopped; then raises `LayerError`."""
+        waits = self.waits
+        with anyio.CancelScope() as scope:
+            waits.scopes.add(scope)
+            if waits.are_over:
+                scope.cancel()
+            try:
+                yield
+            finally:
+                waits.scopes.discard(scope)
+        if scope.cancelled_caught:
+            self.is_given_up = True
+            raise LayerError("the bulk was stopped while this waited, since the server had said slow down.")
+
+
+class Waits:
+    """The waits of one bulk's calls for the server, which end when it is stopped."""
+
+    __slots__ = ("are_over", "scopes")
+
+    def __init__(self) -> None:
+        self.are_over = False
+        self.scopes: set[anyio.CancelScope] = set()
+
+    def end(self) -> None:
+        self.are_over = True
+        for scope in self.scopes:
+            scope.cancel()
 
 
 current_item: ContextVar[ItemRecord | None] = ContextVar("layer_async.current_item", default=None)
@@ -151,8 +194,9 @@ class Bulk(Generic[K, V, T]):
             whose key is settled are passed over; an item is settled once the loop body that received its outcome has
             ended. Keys are then text or whole numbers (1 and "1" are two).
         stop_when: Ends the run early: a number of failures, a failure rate (a float up to 1.0, once 20 items are done),
-            or a function of the `Progress`. Nothing more is pulled then, what is under way has its outcomes, and the
-            loop ends, with `outcomes.stopped` saying why.
+            or a function of the `Progress`. Nothing more is pulled then, what is under way has its outcomes (an error
+            for what only waits because the server said slow down, which does not settle it), and the loop ends, with
+            `outcomes.stopped` saying why.
         outage_timeout: For how many seconds an outage is waited out. While the server is away (refused, unreachable,
             silent, or 502, 503, 504), the items that met it are held, one at a time is tried as a probe, and all go on
             at the first answer: `call` is called again for them. Those for which something was done already that must
@@ -253,6 +297,7 @@ class Bulk(Generic[K, V, T]):
         self._active = 0  # calls under way
         self._held = 0  # items with a setback
         self._refusals = 0
+        self._waits = Waits()
         self._turn = anyio.Lock(fast_acquire=True)
         # A scope for each worker: the group's own holds this task too, and would have to be told from a cancellation
         # that comes from outside.
@@ -318,8 +363,9 @@ class Bulk(Generic[K, V, T]):
 
     def _stop(self, why: str) -> None:
         """Pull nothing more, and hold nothing; the loop ends when what is under way has its outcome."""
-        if (self._held or not self._hand_over.ended) and self._hand_over.stopped is None:
-            self._hand_over.stopped = why
+        if self._held or self._waits.scopes or not self._hand_over.ended:
+            self._hand_over.stopped = self._hand_over.stopped or why
+        self._waits.end()
         self._end()
 
     def _end(self, error: BaseException | None = None, *, at_once: bool = False) -> None:
@@ -449,7 +495,7 @@ class Bulk(Generic[K, V, T]):
         began = anyio.current_time()
         if place.setback is None:
             place.began = began
-        record = ItemRecord(is_patient=self._is_patient, is_in_outage=self._is_in_outage)
+        record = ItemRecord(is_patient=self._is_patient, is_in_outage=self._is_in_outage, waits=self._waits)
         record.attempts = place.attempts
         token = current_item.set(record)
         self._active += 1
@@ -470,6 +516,8 @@ class Bulk(Generic[K, V, T]):
                     await self._refuse(place, error)
                     return False
                 self._refusals += 1
+                place.settles = False
+            elif record.is_given_up and not record.has_acted:
                 place.settles = False
             elif record.outage is error and self._is_held(place, record, outcome):
                 return True
@@ -517,7 +565,7 @@ class Bulk(Generic[K, V, T]):
         if outcome is not None:
             self._meter.count(place.began + outcome.elapsed, ok=outcome.error is None)
         self._hand_over.put(place, outcome)
-        if self._stops is not None and not self._hand_over.ended:
+        if self._stops is not None and not self._waits.are_over and (self._waits.scopes or not self._hand_over.ended):
             try:
                 why = self._stops(self._meter, self._progress)
             except Exception as error:  # of the user's function; the loop raises it

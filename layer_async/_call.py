@@ -241,7 +241,8 @@ class Call:
         if settings.retry is not None:
             record.gate_limit = settings.retry.retry_after_max
         if item is not None and item.is_open:
-            record.is_patient, record.is_in_outage = item.is_patient, item.is_in_outage
+            record.is_patient, record.waiting = item.is_patient, item.waiting
+            record.is_in_outage = item.is_in_outage
         else:  # a task that was begun for an item, and outlives it, is nobody's
             item = None
         started = time.perf_counter()
@@ -418,6 +419,7 @@ class Call:
                 history = [*response.history, response]
                 assert response.next_request is not None
                 await read_bounded(response, BODY_LIMIT, truncate=True)
+                record.maybe_processed = record.maybe_processed or not self._is_safe()
                 await record.pass_gate()
                 response = await self._send(response.next_request)
                 response.history = history

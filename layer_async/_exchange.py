@@ -11,7 +11,7 @@ import email.utils
 import math
 import re
 from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol, TypeVar
 
 import anyio
@@ -59,7 +59,8 @@ class ExchangeRecord:
     `head_received`, whether its head was complete; `reused`, whether the connection had served before. `phase` says
     what the call is doing, `slot` is the slot it holds, `attempts` and `maybe_processed` grow with each attempt. `info`
     is the request as errors and events show it, once somebody has wanted it. `idempotent` is the caller's word on an
-    unsafe method. `is_patient`: the call belongs to a bulk, and waits out any number of 429s. `is_in_outage` says
+    unsafe method. `is_patient`: the call belongs to a bulk, and waits out any number of 429s, each in a block of
+    `waiting`, which may end it. `is_in_outage` says
     whether that bulk waits for the server to come back, so that the call is not to try again by itself. `is_outage`:
     its last failure may be one of many like it. `fresh` asks the transport for a new connection, since an idle one has
     just turned out to be dead. `source_error` is what the source of the tokens raised: no matter of the API's, whatever
@@ -78,6 +79,7 @@ class ExchangeRecord:
     maybe_processed: bool = False
     idempotent: bool | None = None
     is_patient: bool = False
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
     is_in_outage: Callable[[], bool] | None = None
     is_outage: bool = False
     fresh: bool = False
@@ -119,11 +121,17 @@ class ExchangeRecord:
         self.release_slot()
         phase, self.phase = self.phase, "gate"
         if self.is_patient:
-            with self.deadline_at_rest():
+            with self.patiently():
                 self.turn = await gate.wait(patient=True, longest=math.inf)
         else:
             self.turn = await gate.wait(patient=False, longest=self.gate_limit)
         self.phase = phase  # only now: an error that ends the wait is to find the phase that it ended
+
+    @contextmanager
+    def patiently(self) -> Generator[None, None, None]:
+        """Wait in here as a bulk's item does: at no cost of the call's time, and no longer than its bulk."""
+        with self.deadline_at_rest(), self.waiting():
+            yield
 
     @contextmanager
     def deadline_at_rest(self) -> Generator[None, None, None]:

@@ -240,8 +240,9 @@ class Outcomes(AsyncIterator[Outcome[K, V, T]]):
     def drain(self) -> None:
         """Pull nothing more, let what is under way finish, and then end the loop; may be called from anywhere in it.
 
-        Items that are held in an outage have their last error as their outcome. For services that shut down, and for
-        Ctrl-C. Harmless twice.
+        Items that are held in an outage have their last error as their outcome, and those that wait because the server
+        said slow down an error that says so; neither is settled. For services that shut down, and for Ctrl-C. Harmless
+        twice.
         """
         self._stop("drained.")
 

@@ -334,7 +334,7 @@ class RetryMiddleware:
         if decision.delay > 0 and not (decision.at_gate and self._gate is not None):
             record.phase = "sleep"
             if decision.at_gate and record.is_patient:
-                with record.deadline_at_rest():
+                with record.patiently():
                     await self._sleep(min(decision.delay, PATIENCE))
             else:
                 await self._sleep(decision.delay)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import pytest
 import respx
@@ -17,7 +18,10 @@ from layer_async import (
     AuthenticationError,
     DeadlineExceededError,
     Event,
+    LayerError,
     Outcome,
+    Pacing,
+    Progress,
     RateLimitError,
     ResponseDecodeError,
     RetryPolicy,
@@ -209,6 +213,102 @@ async def test_a_429_that_asks_for_too_long_burns_no_items(router: respx.MockRou
                     got.append(outcome)
     assert [outcome.ok for outcome in got] == [True, True]  # all others wait at the gate
     assert len(away.requests) <= 5
+
+
+class Settled:
+    """A journal in memory."""
+
+    inputs_changed: str | None = None
+
+    def __init__(self) -> None:
+        self.settled: dict[str, bool] = {}
+
+    def open(self) -> None: ...
+    def close(self) -> None: ...
+    def pulled(self, key: str) -> None: ...
+    def ended(self) -> None: ...
+
+    def is_settled(self, key: str) -> bool:
+        return key in self.settled
+
+    def settle(self, key: str, *, ok: bool) -> None:
+        self.settled[key] = ok
+
+
+@pytest.mark.parametrize("pacing", [Pacing(), None])
+@pytest.mark.parametrize("how", ["drain", "stop_when"])
+@pytest.mark.parametrize("count", [5, 30])
+async def test_a_bulk_that_is_stopped_gives_up_what_waits_for_the_server_and_lets_the_rest_finish(
+    router: respx.MockRouter, pacing: Pacing | None, how: str, count: int
+) -> None:
+    """By an hour's Retry-After. What is given up is not settled; what is sent after the stop does not wait either."""
+    away = Away(httpx.Response(429, headers={"Retry-After": "3600"}), first=3, last=10**6)
+    router.route().mock(side_effect=away)
+    journal, may_go_on = Settled(), anyio.Event()
+    got: dict[str, Outcome[str, Any]] = {}
+    async with make(pacing=pacing) as client:
+
+        async def call(path: str) -> Any:
+            if path == PATHS[2]:
+                await may_go_on.wait()
+                return "finished"
+            if path == PATHS[3]:
+                await may_go_on.wait()
+                await anyio.lowlevel.checkpoint()
+            return await client.get(path)
+
+        def is_enough(progress: Progress) -> bool:
+            return progress.done >= 3
+
+        paths = PATHS[:count]
+        rule = is_enough if how == "stop_when" else None
+        async with anyio.create_task_group() as group:
+
+            async def stop() -> None:
+                while len(got) < 2 or len(away.requests) < 3:
+                    await anyio.sleep(0)
+                await anyio.wait_all_tasks_blocked()
+                if how == "drain":
+                    outcomes.drain()
+                may_go_on.set()
+
+            with anyio.fail_after(5):
+                async with client.bulk(paths, call, workers=5, journal=journal, stop_when=rule) as outcomes:
+                    group.start_soon(stop)
+                    async for outcome in outcomes:
+                        got[outcome.key] = outcome
+    assert {path: outcome.ok for path, outcome in got.items()} == {
+        path: path in PATHS[:3] for path in PATHS[: len(got)]
+    }
+    assert journal.settled == dict.fromkeys(PATHS[:3], True)
+    assert outcomes.stopped == ("drained." if how == "drain" else "stop_when said so.")
+    assert len(got) == 5 if count == 5 else len(got) < 12
+    with pytest.raises(LayerError, match="the bulk was stopped while this waited"):
+        got[PATHS[4]].unwrap()
+
+
+async def test_an_item_that_waits_behind_a_redirect_of_what_must_not_be_done_twice_is_settled(
+    router: respx.MockRouter,
+) -> None:
+    journal = Settled()
+    async with make(follow_redirects=True) as client:
+
+        def redirect(_: httpx.Request) -> httpx.Response:
+            gate = client._corridor.identity.gate
+            assert gate is not None
+            gate.shut(3600)
+            outcomes.drain()
+            return httpx.Response(303, headers={"Location": "/api/done"})
+
+        router.route().mock(side_effect=redirect)
+        with anyio.fail_after(5):
+            async with client.bulk(
+                ["POST", "PUT"], lambda method: client.request(method, "/api/x"), workers=1, journal=journal
+            ) as outcomes:
+                (outcome,) = [outcome async for outcome in outcomes]
+    assert isinstance(outcome.error, LayerError)
+    assert outcome.error.maybe_processed
+    assert journal.settled == {"POST": False}
 
 
 # Tokens
