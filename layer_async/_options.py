@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, TypedDict, TypeVar
 
 import httpx
@@ -240,9 +241,29 @@ def _files_flaw(values: Any) -> str | None:
         return f"files must be a mapping or a list of pairs, not {type(values).__name__}."
     for entry in values.items() if isinstance(values, Mapping) else values or ():
         file = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
-        file = file[1] if isinstance(file, tuple) and len(file) > 1 else file
+        if isinstance(file, tuple) and len(file) > 1:
+            name, file, *others = file
+            flaw = _part_flaw(name, *others[:2])
+            if flaw is not None:
+                return flaw
         if not isinstance(file, str | bytes) and not hasattr(file, "read"):
             return f"a file must be bytes, text or open for reading, not {type(file).__name__}."
+    return None
+
+
+def _part_flaw(name: Any, content_type: Any = None, headers: Any = MappingProxyType({})) -> str | None:
+    """What httpx would write into the body as it is, so that a line end in it begins a header, or a part."""
+    for what, text in (("name", name), ("content type", content_type)):
+        if text is not None and (not isinstance(text, str) or _CONTROL.search(text)):
+            return f"the {what} of a file must be text without control characters, or None."
+    if not isinstance(headers, Mapping) or not all(
+        isinstance(field, str)
+        and isinstance(value, str)
+        and _LEGAL_NAME.fullmatch(field.encode("utf-8", "replace"))
+        and not _CONTROL.search(value)
+        for field, value in headers.items()
+    ):
+        return "the headers of a file must be a mapping of text: names as in HTTP, values without control characters."
     return None
 
 
@@ -261,6 +282,7 @@ def merged_headers(ours: httpx.Headers, values: Any) -> httpx.Headers:
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
 
 _ILLEGAL_VALUE = re.compile(rb"[^\t\x20-\x7e\x80-\xff]|^[ \t]|[ \t]$")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _LEGAL_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 

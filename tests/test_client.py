@@ -150,6 +150,10 @@ async def test_a_form_files_and_raw_content_go_out_as_httpx_sends_them(
     await client.post("/api/x", data={"a": "1"}, files={"f": ("n.txt", b"payload")})
     assert b"payload" in sent(router).content
     assert b'name="a"' in sent(router).content
+    part = ("ä\t.txt", b"payload", 'text/plain; charset="x"', {"X-Own": "a\tä"})
+    await client.post("/api/x", files={"f": part, "g": (None, "field")})
+    assert b'Content-Type: text/plain; charset="x"' in sent(router).content
+    assert "X-Own: a\tä\r\n".encode() in sent(router).content
     await client.post("/api/x", content=b"raw", headers={"Content-Type": "text/csv"})
     assert (sent(router).content, sent(router).headers["Content-Type"]) == (b"raw", "text/csv")
     await client.put("/api/x", content="text") if router.put("/api/x").respond(200) else None
@@ -1091,6 +1095,26 @@ async def test_missing_tokens_say_which_and_where_they_were_looked_for() -> None
         ("/api/x", {"headers": {"Host": "evil.invalid"}}, "Host is set by the client"),
         ("/api/x", {"headers": ["ab", "cd"]}, "not texts"),
         ("/api/x", {"files": {"a": 7}}, "a file must be"),
+        ("/api/x", {"files": {"a": ("n", 7)}}, "a file must be"),
+        *(
+            ("/api/x", {"files": files}, message)
+            for member, message in (
+                (("5ecret\r\nX: 1", b""), "the name of a file must be text without control"),
+                (("5ecret\x1b", b""), "the name of a file must be"),
+                ((7, b""), "the name of a file must be"),
+                (("n", b"", "5ecret\r\n\r\nanother part"), "the content type of a file must be text without control"),
+                (("n", b"", "5ecret\x00"), "the content type of a file must be"),
+                (("n", b"", b"text/plain"), "the content type of a file must be"),
+                (("n", b"", None, {"X": "5ecret\nY: 1"}), "the headers of a file must be"),
+                (("n", b"", None, {"X: 5ecret\r\nY": "1"}), "the headers of a file must be"),
+                (("n", b"", None, {"\ud800": "1"}), "the headers of a file must be"),
+                (("n", b"", None, {"": "1"}), "the headers of a file must be"),
+                (("n", b"", None, {7: "1"}), "the headers of a file must be"),
+                (("n", b"", None, {"X": b"1"}), "the headers of a file must be"),
+                (("n", b"", None, [("X", "1")]), "the headers of a file must be"),
+            )
+            for files in ({"a": member}, [("a", member)])
+        ),
     ],
 )
 async def test_a_call_that_cannot_work_is_refused_before_anything_is_sent(
