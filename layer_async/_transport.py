@@ -16,6 +16,7 @@ import os
 import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import httpcore
@@ -39,6 +40,7 @@ ACCEPT_ENCODING = "gzip, deflate"  # the codings that every installation of http
 
 PRIVATE: tuple[tuple[Any, str], ...] = (  # a class that has the name, or a function that sets or reads it
     (httpx.AsyncClient, "_send_single_request"),
+    (httpx.AsyncClient, "_build_redirect_request"),
     (httpx.AsyncClient, "_init_transport"),
     (httpx.AsyncClient, "_init_proxy_transport"),
     (httpx.AsyncHTTPTransport.__init__, "_pool"),
@@ -551,6 +553,13 @@ class HTTPClient(httpx.AsyncClient):
         assert isinstance(response.stream, httpx.AsyncByteStream)
         response.stream = _LooseStream(response.stream)
         return response
+
+    @override
+    def _build_redirect_request(self, request: httpx.Request, response: httpx.Response) -> httpx.Request:
+        """As httpx does. A Location that cannot be read is one corrupt answer, which httpx's errors quote."""
+        with suppress(httpx.RemoteProtocolError, httpx.InvalidURL, ValueError):  # the last is idna's
+            return super()._build_redirect_request(request, response)
+        raise httpx.DecodingError("its Location is no URL to go to", request=request)
 
     @override
     def _init_transport(

@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -19,7 +20,15 @@ import httpcore
 import httpx
 import pytest
 
-from layer_async import APITimeoutError, AsyncLayerClient, LayerError, NotFoundError, RetryPolicy, TokenPair
+from layer_async import (
+    APITimeoutError,
+    AsyncLayerClient,
+    LayerError,
+    MalformedResponseError,
+    NotFoundError,
+    RetryPolicy,
+    TokenPair,
+)
 from layer_async import _lean as lean
 from layer_async._seams import Seam
 
@@ -497,6 +506,34 @@ async def test_a_content_coding_that_is_no_ascii_is_one_that_nobody_knows(
             with pytest.raises(NotFoundError) as caught:
                 await client.get("/not-found/1")
             assert caught.value.body == b'{"n": 1}'
+
+
+@pytest.mark.parametrize("touched", [None, "handle_async_request of the transport's class", "send, on the class"])
+@pytest.mark.parametrize(
+    "location",
+    ["http://host:5ecret/", "http://[::5ecret", "x-5ecret:path", "http://xn--a/5ecret", "//\xad/5ecret"],
+    ids=ascii,
+)
+async def test_a_location_that_cannot_be_read_is_one_corrupt_answer_and_not_quoted(
+    location: str, touched: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def redirect(ex: Exchange) -> None:
+        ex.send(b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " + location.encode("latin-1") + b"\r\n\r\n")
+
+    with FaultServer() as server:
+        server.behaviours["redirect"] = redirect
+        async with make(server, follow_redirects=True) as client:
+            if touched:
+                TOUCHES[touched](client, monkeypatch, [])
+            for method, attempts in (("GET", 2), ("POST", 1)):
+                with pytest.raises(MalformedResponseError, match="its Location is no URL") as caught:
+                    await client.request(method, "/redirect/1")
+                assert len(caught.value.attempts) == attempts
+                assert caught.value.maybe_processed is (method == "POST")
+                assert "5ecret" not in "".join(traceback.format_exception(caught.value))
+            stats = client.pool.stats
+            assert (stats.in_use, stats.waiting) == (0, 0)
+    assert len(server.record.requests) == 3
 
 
 def test_only_a_librarys_own_plain_function_counts_as_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
