@@ -52,6 +52,7 @@ from ._errors import (
 from ._outage import Outage, Setback
 from ._outcomes import HandOver, Outcome, Outcomes, Place, SettledKeys
 from ._progress import Meter, Progress, StopRule, stop_rule
+from ._values import number, shown
 
 __all__ = ["OUTAGE_TIMEOUT", "Bulk", "BulkOptions", "ItemRecord", "current_item", "run_all"]
 
@@ -71,6 +72,7 @@ logger = logging.getLogger("layer_async")
 
 GRACE = 0.5  # seconds for what is under way when the tokens are refused: nothing else will come of it
 SPARE = 8  # so many items at least may be put aside, so that others show whether the server is away
+JOURNAL_METHODS = ("open", "close", "pulled", "ended", "is_settled", "settle")
 SKIPPED_AT_ONCE = 64  # so many items of a journal may be passed over before others have their turn
 
 
@@ -671,6 +673,12 @@ def _journal_of(journal: str | PathLike[str] | SettledKeys | None) -> SettledKey
         from ._journal import Journal  # with SQLite, which few need
 
         return Journal(journal)
+    if journal is not None and (
+        isinstance(journal, type) or not all(callable(getattr(journal, name, None)) for name in JOURNAL_METHODS)
+    ):
+        raise ConfigurationError(
+            f"`journal` takes a Journal, the path of one, or an object with its methods, not {shown(journal)}."
+        )
     return journal
 
 
@@ -690,9 +698,9 @@ def _check(items: object, call: object, key: object, workers: object) -> None:
 def _checked_timeout(outage_timeout: object) -> float | None:
     if outage_timeout is None:
         return None
-    if isinstance(outage_timeout, int | float) and not isinstance(outage_timeout, bool) and outage_timeout >= 0:
-        return float(outage_timeout)
-    raise ConfigurationError(f"`outage_timeout` takes seconds, 0 or more, or None, not {outage_timeout!r}.")
+    if number(outage_timeout) >= 0:
+        return number(outage_timeout)
+    raise ConfigurationError(f"`outage_timeout` takes seconds, 0 or more, or None, not {shown(outage_timeout)}.")
 
 
 async def run_all(

@@ -19,6 +19,7 @@ from ._errors import ConfigurationError
 from ._pacing import Pacing
 from ._retry import RetryPolicy
 from ._tokens import TokenPair, TokenSource
+from ._values import number, shown
 
 F = TypeVar("F")
 
@@ -81,9 +82,9 @@ class Quiet(dict[str, Any]):
 
 
 def checked_seconds(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigurationError(f"{name} must be a positive number of seconds, not {value!r}.")
-    return value
+    if not 0 < number(value) < math.inf:
+        raise ConfigurationError(f"{name} must be a positive number of seconds, not {shown(value)}.")
+    return number(value)
 
 
 def checked_timeout(value: Any) -> httpx.Timeout:

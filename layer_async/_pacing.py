@@ -24,6 +24,7 @@ import httpx
 from ._errors import ConfigurationError, DeadlineExceededError
 from ._pace import Closure, Pace, read_limits
 from ._telemetry import GateShut, Observer, PaceChanged, notify
+from ._values import number, shown
 
 __all__ = ["PATIENCE", "Gate", "Pacing"]
 
@@ -36,8 +37,10 @@ NOTABLE = 1.25  # the rate has changed by such a factor: worth telling
 def _rate(_: Any, field: attrs.Attribute[float | None], value: Any) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigurationError(f"Pacing({field.name}=) takes attempts a second, above 0, or None, not {value!r}.")
+    if not 0 < number(value) < math.inf:
+        raise ConfigurationError(
+            f"Pacing({field.name}=) takes attempts a second, above 0, or None, not {shown(value)}."
+        )
 
 
 @attrs.frozen(kw_only=True)

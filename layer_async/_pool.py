@@ -22,6 +22,7 @@ import anyio.lowlevel
 import attrs
 
 from ._errors import ClientClosedError, ConfigurationError
+from ._values import number, shown
 
 __all__ = ["ConnectionPool", "PoolStats", "Slot", "SlotTimeout"]
 
@@ -160,7 +161,7 @@ class ConnectionPool:
         self._max_idle = _checked("max_keepalive_connections", limits.max_keepalive_connections, least=0)
         self._expiry = _checked("keepalive_expiry", limits.keepalive_expiry, least=0)
         self._clock = clock
-        self._size = sys.maxsize if self.max_connections is None else int(self.max_connections)
+        self._size = int(min(sys.maxsize if self.max_connections is None else self.max_connections, sys.maxsize))
         self._slots: set[Slot] = set()
         self._waiters: OrderedDict[_Waiter, None] = OrderedDict()
         self._idle: OrderedDict[Connection, tuple[Route, float]] = OrderedDict()  # least recently used first
@@ -386,6 +387,6 @@ def _is_running(loop: Any) -> bool:
 
 
 def _checked(name: str, value: float | None, *, least: int) -> Any:
-    if value is None or (isinstance(value, int | float) and value >= least):
+    if value is None or number(value) >= least:
         return value
-    raise ConfigurationError(f"limits: {name} must be at least {least}, or None for no bound; not {value!r}.")
+    raise ConfigurationError(f"limits: {name} must be at least {least}, or None for no bound; not {shown(value)}.")

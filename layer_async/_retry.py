@@ -22,6 +22,7 @@ from ._errors import APIStatusError, AttemptInfo, ConfigurationError, RequestInf
 from ._exchange import ExchangeRecord, is_replayable
 from ._failures import FREE, NEVER, RATE_LIMITED, Failure, classify_failure, is_safe_to_repeat
 from ._telemetry import AttemptFinished, Observer, RetryScheduled, hears_all, notify
+from ._values import number, shown
 
 __all__ = [
     "CallNext",
@@ -70,18 +71,20 @@ class Decision:
 
 
 def _is_seconds(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    return number(value) >= 0
 
 
 def _seconds(_: Any, field: attrs.Attribute[float], value: Any) -> None:
     if not _is_seconds(value):
-        raise ConfigurationError(f"RetryPolicy({field.name}=) takes seconds, 0 or more, not {value!r}.")
+        raise ConfigurationError(f"RetryPolicy({field.name}=) takes seconds, 0 or more, not {shown(value)}.")
 
 
 def _count(_: Any, field: attrs.Attribute[int], value: Any) -> None:
     least = 1 if field.name == "attempts" else 0
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigurationError(f"RetryPolicy({field.name}=) takes a whole number of at least {least}, not {value!r}.")
+        raise ConfigurationError(
+            f"RetryPolicy({field.name}=) takes a whole number of at least {least}, not {shown(value)}."
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -185,7 +188,7 @@ class RetryBudget:
         if not (_is_seconds(capacity) and _is_seconds(threshold) and _is_seconds(refund) and threshold < capacity):
             raise ConfigurationError(
                 "RetryBudget takes 0 <= threshold < capacity and refund >= 0, "
-                f"not threshold={threshold!r}, capacity={capacity!r}, refund={refund!r}."
+                f"not threshold={shown(threshold)}, capacity={shown(capacity)}, refund={shown(refund)}."
             )
         self._capacity = self._tokens = float(capacity)
         self._threshold = float(threshold)

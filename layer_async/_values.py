@@ -1,4 +1,4 @@
-"""Values: equal by their fields, and shown with them.
+"""Values: equal by their fields, and shown with them; and the numbers that callers give.
 
 Rules: a value is not changed once it is made, though nothing stops you. attrs would forbid it and write the same
 methods, at a millisecond a class whenever the package is imported and at a microsecond for each value that a call
@@ -6,6 +6,26 @@ makes: several hold for every attempt. This room imports none of ours.
 """
 
 from __future__ import annotations
+
+import math
+
+
+def number(given: object) -> float:
+    """`given` as a float; NaN, which is neither above nor below anything, for what is none, or too large for one."""
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        return math.nan
+    try:
+        return float(given)
+    except OverflowError:
+        return math.nan
+
+
+def shown(given: object) -> str:
+    """The repr of `given`, or that it has none: Python writes no number of thousands of digits."""
+    try:
+        return repr(given)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 class Value:

@@ -1725,7 +1725,13 @@ async def test_an_end_that_is_none_is_an_error(error: type[Exception]) -> None:
         assert len(got) == 3
 
 
-@pytest.mark.parametrize("wrong", [-1, "5", True, float("nan")])
+@pytest.mark.parametrize("wrong", [5, b"run.db", object(), Keys, {"open": 1}, pytest.param(10**9999, id="huge")])
+def test_what_is_no_journal_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match="`journal` takes a Journal, the path of one"):
+        Bulk([1], double, workers=1, journal=wrong)
+
+
+@pytest.mark.parametrize("wrong", [-1, "5", True, float("nan"), 10**400, pytest.param(10**9999, id="huge")])
 def test_outage_timeout_takes_seconds(wrong: Any) -> None:
     with pytest.raises(ConfigurationError, match="`outage_timeout`"):
         Bulk([1], double, workers=1, outage_timeout=wrong)

@@ -1071,6 +1071,15 @@ async def test_missing_tokens_say_which_and_where_they_were_looked_for() -> None
         ("/\\other.invalid", {}, "."),
         ("/api/x", {"timeout": 0}, "timeout"),
         ("/api/x", {"deadline": -1}, "deadline"),
+        *(
+            ("/api/x", options, name)
+            for huge in (10**400, 10**9999)
+            for name, options in (
+                ("timeout", {"timeout": huge}),
+                (r"timeout \(read\)", {"timeout": httpx.Timeout(5, read=huge)}),
+                ("deadline", {"deadline": huge}),
+            )
+        ),
         ("/api/x", {"idempotent": "yes"}, "idempotent"),
         ("/api/x", {"max_response_bytes": 1.5}, "max_response_bytes"),
         ("/api/x", {"headers": {"Token2": "5ecret"}}, "Token2 is set by the client"),

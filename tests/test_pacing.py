@@ -415,7 +415,7 @@ def test_those_who_died_waiting_with_their_loop_stand_in_nobodys_way() -> None:
 # What may be said
 
 
-@pytest.mark.parametrize("rate", [0, -1, math.inf, math.nan, True, "50"])
+@pytest.mark.parametrize("rate", [0, -1, math.inf, math.nan, True, "50", 10**400, pytest.param(10**9999, id="huge")])
 def test_a_rate_that_is_no_number_above_none_is_refused(rate: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"Pacing\(rate=\) takes attempts a second"):
         Pacing(rate=rate)

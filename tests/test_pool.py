@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -406,6 +407,12 @@ def test_statistics_are_frozen() -> None:
         pool_of(1).stats.open = 7  # type: ignore[misc]
 
 
+def test_there_may_be_connections_without_a_bound() -> None:
+    for bound in (None, math.inf, 10**300):
+        pool = ConnectionPool(httpx.Limits(max_connections=bound))  # type: ignore[arg-type]
+        assert pool.stats.in_use == 0
+
+
 @pytest.mark.parametrize(
     "limits",
     [
@@ -414,6 +421,8 @@ def test_statistics_are_frozen() -> None:
         httpx.Limits(max_keepalive_connections=-1),
         httpx.Limits(keepalive_expiry=-0.5),
         httpx.Limits(max_connections="many"),  # type: ignore[arg-type]
+        httpx.Limits(max_connections=10**9999),
+        httpx.Limits(keepalive_expiry=10**400),
     ],
 )
 def test_limits_that_make_no_sense_are_refused(limits: httpx.Limits) -> None:
