@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, TypedDict, TypeVar
@@ -50,8 +50,9 @@ class CallOptions(TypedDict, total=False):
 class BodyOptions(CallOptions, total=False):
     """What a call with a body takes besides: `json` (what `into` could give back), `content`, or `data` and `files`.
 
-    `json` is encoded once, up front; `content` is bytes, text, or an async iterable of bytes; `data` and `files` make a
-    form, as in httpx. What comes from an iterator can be sent only once: such a call is not retried once it has begun.
+    `json` is encoded once, up front; `content` is bytes, text, or an async iterable of bytes (or bytearrays, or
+    memoryviews); `data` and `files` make a form, as in httpx. What comes from an iterator can be sent only once: such a
+    call is not retried once it has begun.
     """
 
     json: Any
@@ -171,7 +172,52 @@ def checked_body(options: Quiet) -> dict[str, Any]:
     if flaw is not None:
         del body
         raise ConfigurationError(flaw)
+    if isinstance(body["content"], AsyncIterable) and not hasattr(body["content"], "aread"):  # httpx reads files itself
+        body["content"] = Pieces(body["content"])
     return body
+
+
+class Pieces:
+    """A body that comes in pieces, each of which must be bytes: their length frames them.
+
+    As with httpx's own, what a generator gives is there once: who asks again gets `httpx.StreamConsumed`.
+    """
+
+    __slots__ = ("_given", "_is_begun")
+
+    def __init__(self, given: AsyncIterable[Any]) -> None:
+        self._given = given
+        self._is_begun = False
+
+    def __aiter__(self) -> PieceIterator:
+        if self._is_begun and isinstance(self._given, AsyncIterator):
+            raise httpx.StreamConsumed
+        self._is_begun = True
+        return PieceIterator(aiter(self._given))
+
+
+class PieceIterator:
+    """Not a generator: nobody has to close it."""
+
+    __slots__ = ("_iterator",)
+
+    def __init__(self, iterator: AsyncIterator[Any]) -> None:
+        self._iterator = iterator
+
+    def __aiter__(self) -> PieceIterator:
+        return self
+
+    async def __anext__(self) -> bytes | bytearray | memoryview:
+        piece = await anext(self._iterator)
+        if isinstance(piece, bytes | bytearray):
+            return piece
+        if isinstance(piece, memoryview):
+            return piece if piece.nbytes == len(piece) and piece.c_contiguous else bytes(piece)
+        kind = type(piece).__name__
+        del piece
+        raise ConfigurationError(
+            f"each piece of content must be bytes, not {kind}: the body was not sent, or not whole."
+        )
 
 
 def _body_flaw(options: Quiet, content: Any, data: Any, files: Any) -> str | None:

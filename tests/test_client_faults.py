@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import gc
@@ -9,6 +10,7 @@ import gzip
 import pickle
 import zlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -19,6 +21,7 @@ import pytest
 from layer_async import (
     APIConnectionError,
     AsyncLayerClient,
+    CallNext,
     ClientClosedError,
     ConfigurationError,
     MalformedResponseError,
@@ -301,3 +304,77 @@ async def test_a_streamed_response_of_a_class_of_ones_own_stays_one() -> None:
     async with AsyncLayerClient(tokens=PAIR, transport=transport) as client, client.stream("GET", "/x") as response:
         assert type(response) is Own
         assert await response.aread() == b"x"
+
+
+# Bodies that come in pieces
+
+
+class Again:
+    """A body that can be had more than once."""
+
+    def __init__(self, *pieces: Any) -> None:
+        self.pieces = pieces
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for piece in self.pieces:
+            await anyio.lowlevel.checkpoint()
+            yield piece
+
+
+PIECES = (
+    b"bytes",
+    bytearray(b"bytearray"),
+    memoryview(b"memoryview"),
+    memoryview(b"e_v_e_r_y")[::2],
+    memoryview(array.array("i", [1, 2])),
+    memoryview(b"abcdef").cast("B", (2, 3)),
+    memoryview(b"ghijkl").cast("B", (6, 1)),
+    memoryview(array.array("i")),
+    b"",
+)
+WHOLE = b"".join(map(bytes, PIECES))
+
+
+@pytest.mark.parametrize("framing", [{}, {"Content-Length": str(len(WHOLE))}], ids=["chunked", "length"])
+@pytest.mark.parametrize("kind", ["generator", "iterable", "file"])
+async def test_pieces_of_a_body_are_framed_by_the_bytes_that_they_have(
+    framing: dict[str, str], kind: str, tmp_path: Path
+) -> None:
+    content: Any = Again(*PIECES) if kind == "iterable" else aiter(Again(*PIECES))
+    with FaultServer() as server:
+        async with make(server) as client:
+            if kind == "file":
+                (tmp_path / "body").write_bytes(WHOLE)
+                content = await anyio.open_file(tmp_path / "body", "rb")
+            response = await client.post("/echo/1", content=content, headers=framing)
+            if kind == "file":
+                await content.aclose()
+    assert response.content == server.record.requests[0].body == WHOLE
+
+
+@pytest.mark.parametrize("piece", [array.array("i", [1, 2]), "5ecret", 5, None, ["5ecret"]], ids=repr)
+@pytest.mark.parametrize("framing", [{}, {"Content-Length": "8"}], ids=["chunked", "length"])
+async def test_a_piece_that_is_no_bytes_is_refused_and_leaves_nothing_behind(
+    piece: Any, framing: dict[str, str]
+) -> None:
+    with FaultServer() as server:
+        async with make(server) as client:
+            with pytest.raises(ConfigurationError, match=f"must be bytes, not {type(piece).__name__}: ") as caught:
+                await client.put("/echo/1", content=Again(b"a", piece), headers=framing)
+            assert len(caught.value.attempts) <= 1
+            assert client.pool.stats.in_use == 0
+            assert (await client.put("/echo/2", content=Again(b"a"))).content == b"a"
+    assert [request.body for request in server.record.requests if request.body] == [b"a"]
+
+
+async def test_a_generators_pieces_come_once_and_an_iterables_again() -> None:
+    async def twice(request: httpx.Request, call_next: CallNext) -> httpx.Response:
+        await call_next(request)
+        return await call_next(request)
+
+    with FaultServer() as server:
+        async with make(server, middleware=[twice]) as client:
+            assert (await client.post("/echo/1", content=Again(b"a"))).content == b"a"
+            with pytest.raises(httpx.StreamConsumed):
+                await client.post("/echo/2", content=aiter(Again(b"b")))
+    assert [request.body for request in server.record.requests if request.body] == [b"a", b"a", b"b"]
