@@ -164,6 +164,10 @@ class Waits:
 current_item: ContextVar[ItemRecord | None] = ContextVar("layer_async.current_item", default=None)
 """The record of the item that the running code works for, a new one for each item; None outside of a bulk's calls."""
 
+Source = Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]]
+current_source: ContextVar[Source | None] = ContextVar("layer_async.current_source", default=None)
+"""While a bulk pulls its next item: what makes a call for that, so that it waits out an outage. Else None."""
+
 
 class _Case(Place[K, V, T]):
     """An item and what it has met. While it is held, it has a `setback`, and its last `failure` to show for it."""
@@ -184,7 +188,8 @@ class Bulk(Generic[K, V, T]):
     Arguments:
         items: An iterable or async iterable; it may be a generator, and endless. The workers pull from it one at a
             time, whenever one of them is free. An async generator is advanced by several tasks in turn, so it must not
-            hold a cancel scope, timeout or task group open across a `yield`; a generator is closed at the end.
+            hold a cancel scope, timeout or task group open across a `yield`; a generator is closed at the end. Pages of
+            `AsyncLayerClient.paginate` that are read for it wait out an outage, and any number of 429s, as items do.
         call: An async function of one argument. An `Exception` that it raises is the item's outcome; only
             `ClientClosedError`, and tokens that are refused for good, end the run.
         key: Makes the `key` of an outcome from its item; called once an item, in their order. An exception of it ends
@@ -299,6 +304,7 @@ class Bulk(Generic[K, V, T]):
         self._active = 0  # calls under way
         self._held = 0  # items with a setback
         self._refusals = 0
+        self._unfed: Exception | None = None  # of a call for the next item, which the stop of the bulk has ended
         self._waits = Waits()
         self._turn = anyio.Lock(fast_acquire=True)
         # A scope for each worker: the group's own holds this task too, and would have to be told from a cancellation
@@ -314,6 +320,8 @@ class Bulk(Generic[K, V, T]):
     ) -> None:
         """Cancel the calls under way, wait until they are gone, and close the items if they are a generator."""
         self._hand_over.end()
+        if self._outage is not None:
+            self._outage.give_up()
         for scope in self._scopes:
             scope.cancel()
         # From here on this task only waits for workers that are cancelled already. The block's own exception is not
@@ -391,6 +399,7 @@ class Bulk(Generic[K, V, T]):
         self._group.start_soon(self._work, scope, name="layer_async bulk worker")
 
     async def _work(self, scope: anyio.CancelScope) -> None:
+        current_source.set(None)  # of a bulk that is pulling here
         with scope:
             try:
                 wants_another = False
@@ -426,7 +435,9 @@ class Bulk(Generic[K, V, T]):
         except Exception as error:
             # Of the user's iterator or key, whatever it be: it waits until the calls under way have their outcomes, and
             # is raised by the loop then.
-            self._end(error)
+            if error is not self._unfed:
+                self._end(error)
+            self._unfed = None
             return self._aside.popleft() if self._aside else None
         finally:
             self._turn.release()
@@ -435,6 +446,7 @@ class Bulk(Generic[K, V, T]):
         """The next item that is not settled; None where there is no more."""
         journal, name = self._journal, None
         while True:
+            token = current_source.set(self._ride_out)
             try:
                 item = await self._pull()
             except StopAsyncIteration:
@@ -444,6 +456,8 @@ class Bulk(Generic[K, V, T]):
                 return None
             except StopIteration as error:
                 raise _not_an_end("the items", error) from error
+            finally:
+                current_source.reset(token)
             try:
                 key = cast(K, item) if self._key is None else self._key(item)
             except (StopIteration, StopAsyncIteration) as error:
@@ -465,6 +479,45 @@ class Bulk(Generic[K, V, T]):
         place: _Case[K, V, T] = _Case(item, key, name)
         self._hand_over.admit(place)
         return place
+
+    async def _ride_out(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Make a call on which the next item depends, and make it again after an outage."""
+        outage = self._outage
+        setback: Setback | None = None
+        failure: Exception | None = None
+        try:
+            while True:
+                is_probe = False
+                if outage is not None and (outage.is_on or setback is not None):
+                    is_probe = await outage.wait_before(setback)
+                    if outage.given_up and failure is not None:
+                        self._unfed = failure
+                        raise failure
+                record = ItemRecord(is_patient=self._is_patient, is_in_outage=self._is_in_outage, waits=self._waits)
+                began = anyio.current_time()
+                token = current_item.set(record)
+                try:
+                    value = await call()
+                except Exception as error:  # of whatever kind: it is raised, but for an outage
+                    self._heed(record, error, began, anyio.current_time())
+                    if record.is_given_up:
+                        self._unfed = error
+                    if outage is None or outage.given_up or record.outage is not error:
+                        raise
+                    setback = setback or Setback()
+                    if not self._is_outage(setback, record, error):
+                        raise
+                    failure = error
+                else:
+                    self._heed(record, None, began, anyio.current_time())
+                    return value
+                finally:
+                    record.is_open = False
+                    current_item.reset(token)
+                    if is_probe:
+                        cast(Outage, outage).probed()
+        finally:
+            del failure  # else the error and this frame hold each other
 
     async def _carry(self, place: _Case[K, V, T]) -> bool:
         """Call for an item, and again after an outage, until it has its outcome. True: it is aside, to let another try.
@@ -525,12 +578,16 @@ class Bulk(Generic[K, V, T]):
                 return True
         if error is None:
             self._refusals = 0
+        self._heed(record, error, began, ended)
+        self._finish(place, outcome)
+        return False
+
+    def _heed(self, record: ItemRecord, error: Exception | None, began: float, ended: float) -> None:
+        """An answer of any kind ends an outage."""
         if self._outage is not None and (
             error is None or (record.outage is not error and isinstance(error, APIStatusError | ResponseDecodeError))
         ):
             self._outage.answered(ended - record.last_attempts[-1].elapsed if record.last_attempts else began)
-        self._finish(place, outcome)
-        return False
 
     def _is_held(self, place: _Case[K, V, T], record: ItemRecord, outcome: Outcome[K, V, T]) -> bool:
         """Whether an item that met what may be an outage waits for its end; else the failure is its outcome."""
@@ -540,20 +597,22 @@ class Bulk(Generic[K, V, T]):
         if outage.given_up and not record.has_acted:
             place.settles = False
             return False
-        attempts = record.last_attempts
-        since = sum(attempt.elapsed for attempt in attempts[1:]) + sum(attempt.delay or 0.0 for attempt in attempts)
         setback = place.setback or Setback()
-        is_outage = outage.missed(
-            setback,
-            failing_since=anyio.current_time() - since,
-            tried_again=len(attempts) > 1,
-            asked=getattr(outcome.error, "retry_after", None),
-        )
-        if not is_outage or record.has_acted:
+        if not self._is_outage(setback, record, outcome.error) or record.has_acted:
             return False
         self._held += place.setback is None
         place.setback, place.attempts, place.failure = setback, record.attempts, outcome
         return True
+
+    def _is_outage(self, setback: Setback, record: ItemRecord, error: Exception | None) -> bool:
+        attempts = record.last_attempts
+        since = sum(attempt.elapsed for attempt in attempts[1:]) + sum(attempt.delay or 0.0 for attempt in attempts)
+        return cast(Outage, self._outage).missed(
+            setback,
+            failing_since=anyio.current_time() - since,
+            tried_again=len(attempts) > 1,
+            asked=getattr(error, "retry_after", None),
+        )
 
     async def _refuse(self, place: _Case[K, V, T], error: Exception) -> None:
         """The tokens are refused: nothing more can come of any item. A moment for what is under way, then the end."""

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar, cast
 import anyio
 import httpx
 
+from ._bulk import current_source
 from ._call import Corridor
 from ._codec import check_into, decode_again, decode_bytes, describe_answer, find_texts
 from ._errors import ConfigurationError, MalformedResponseError, NotFoundError, RequestInfo, ResponseDecodeError
@@ -204,7 +205,12 @@ class Pages(AsyncIterator[T]):
             given["path"], given["params"] = step.link, None
         elif step.params:
             given["params"] = httpx.QueryParams(given.get("params")).merge(step.params)
-        page: Page = await self._corridor.begin("GET", given, reader=self._reader).run()
+
+        async def call() -> Any:
+            return await self._corridor.begin("GET", given, reader=self._reader).run()
+
+        source = current_source.get()
+        page: Page = await (call() if source is None else source(call))
         return page
 
     # Ahead of the loop

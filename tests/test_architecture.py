@@ -73,7 +73,7 @@ ALLOWED: dict[str, set[str]] = {
         "_telemetry",
     },
     "_paging": {"_errors"},
-    "_pages": {"_call", "_codec", "_errors", "_options", "_origin", "_paging"},
+    "_pages": {"_bulk", "_call", "_codec", "_errors", "_options", "_origin", "_paging"},
     "_client": {
         "_auth",
         "_bulk",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import anyio
@@ -21,6 +21,7 @@ from layer_async import (
     LayerError,
     Outcome,
     Pacing,
+    PageNumber,
     Progress,
     RateLimitError,
     ResponseDecodeError,
@@ -309,6 +310,89 @@ async def test_an_item_that_waits_behind_a_redirect_of_what_must_not_be_done_twi
     assert isinstance(outcome.error, LayerError)
     assert outcome.error.maybe_processed
     assert journal.settled == {"POST": False}
+
+
+# Fed by pages
+
+
+def paged(away: Any, count: int = 12) -> Any:
+    """So many pages of two paths each, then an empty one; `away` decides what becomes of each request."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        met: httpx.Response = away(request)
+        if met.status_code != 200 or request.url.path != "/api/list":
+            return met
+        number = int(request.url.params["page"])
+        return httpx.Response(200, json=PATHS[2 * number - 2 : 2 * number] if number <= count else [])
+
+    return answer
+
+
+@pytest.mark.parametrize("fail", [httpx.ConnectError, httpx.Response(503), httpx.Response(502)], ids=str)
+@pytest.mark.parametrize(("first", "last"), [(1, 40), (9, 60), (29, 90)])
+@pytest.mark.parametrize("prefetch", [0, 3])
+async def test_an_outage_is_waited_out_by_the_pages_that_a_bulk_is_fed_by(
+    router: respx.MockRouter, fail: Any, first: int, last: int, prefetch: int
+) -> None:
+    away = Away(fail, first=first, last=last)
+    router.route().mock(side_effect=paged(away))
+    with anyio.fail_after(5):
+        async with make() as client, client.paginate("/api/list", pages=PageNumber(), prefetch=prefetch) as pages:
+
+            async def items() -> AsyncIterator[str]:
+                async for path in pages:
+                    yield path
+
+            async with client.bulk(items() if first == 9 else pages, workers=4) as outcomes:
+                got = [outcome async for outcome in outcomes]
+    assert sorted(outcome.item for outcome in got) == sorted(PATHS[:24])
+    assert all(outcome.ok for outcome in got)
+    assert outcomes.stopped is None
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_a_page_whose_trouble_is_its_own_ends_the_bulk_with_its_error(
+    router: respx.MockRouter, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(_outage.Outage, "missed", lambda *_, **__: False)  # others are answered
+    router.route(path="/api/list", params={"page": "3"}).respond(status)
+    router.route().mock(side_effect=paged(Away(None, first=10**6)))
+    got: list[str] = []
+    async with make() as client, client.bulk(client.paginate("/api/list", pages=PageNumber()), workers=4) as outcomes:
+
+        async def read() -> None:
+            async for outcome in outcomes:
+                got.append(outcome.item)
+
+        with pytest.raises(ServerError):
+            await read()
+    assert sorted(got) == PATHS[:4]
+    assert outcomes.stopped is None
+
+
+@pytest.mark.parametrize("how", ["outage_timeout", "drain in an outage", "drain at the gate"])
+async def test_a_bulk_that_is_stopped_does_not_raise_what_its_next_page_met(router: respx.MockRouter, how: str) -> None:
+    headers = {"Retry-After": "3600"} if how == "drain at the gate" else {}
+    away = Away(httpx.Response(429 if headers else 503, headers=headers), first=4, last=10**6)
+    router.route().mock(side_effect=paged(away))
+    got: list[Outcome[str, httpx.Response]] = []
+    timeout = 0.02 if how == "outage_timeout" else 600
+    async with make() as client, anyio.create_task_group() as group:
+        pages = client.paginate("/api/list", pages=PageNumber())
+        with anyio.fail_after(5):
+            async with client.bulk(pages, workers=2, outage_timeout=timeout) as outcomes:
+
+                async def stop() -> None:
+                    while len(away.requests) < (4 if headers else 12):
+                        await anyio.sleep(0)
+                    outcomes.drain()
+
+                if how != "outage_timeout":
+                    group.start_soon(stop)
+                async for outcome in outcomes:
+                    got.append(outcome)
+    assert [outcome.ok for outcome in got] == [True, True]
+    assert outcomes.stopped is not None
 
 
 # Tokens
