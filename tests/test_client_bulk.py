@@ -373,22 +373,31 @@ async def test_a_page_whose_trouble_is_its_own_ends_the_bulk_with_its_error(
 @pytest.mark.parametrize("how", ["outage_timeout", "drain in an outage", "drain at the gate"])
 async def test_a_bulk_that_is_stopped_does_not_raise_what_its_next_page_met(router: respx.MockRouter, how: str) -> None:
     headers = {"Retry-After": "3600"} if how == "drain at the gate" else {}
-    away = Away(httpx.Response(429 if headers else 503, headers=headers), first=4, last=10**6)
+    away = Away(httpx.Response(429 if headers else 503, headers=headers), first=3, last=10**6)
     router.route().mock(side_effect=paged(away))
-    got: list[Outcome[str, httpx.Response]] = []
-    timeout = 0.02 if how == "outage_timeout" else 600
+    got: list[Outcome[str, Any]] = []
+    may_go_on = anyio.Event()
     async with make() as client, anyio.create_task_group() as group:
+
+        async def call(path: str) -> Any:
+            if path == PATHS[1]:  # under way until the page is given up, so that the loop waits
+                return await may_go_on.wait()
+            return await client.get(path)
+
+        async def stop() -> None:
+            while len(away.requests) < (3 if headers else 12):
+                await anyio.sleep(0)
+            await anyio.wait_all_tasks_blocked()
+            if how != "outage_timeout":
+                outcomes.drain()
+                await anyio.wait_all_tasks_blocked()
+            may_go_on.set()
+
         pages = client.paginate("/api/list", pages=PageNumber())
+        timeout = 0.02 if how == "outage_timeout" else 600
         with anyio.fail_after(5):
-            async with client.bulk(pages, workers=2, outage_timeout=timeout) as outcomes:
-
-                async def stop() -> None:
-                    while len(away.requests) < (4 if headers else 12):
-                        await anyio.sleep(0)
-                    outcomes.drain()
-
-                if how != "outage_timeout":
-                    group.start_soon(stop)
+            async with client.bulk(pages, call, workers=2, outage_timeout=timeout) as outcomes:
+                group.start_soon(stop)
                 async for outcome in outcomes:
                     got.append(outcome)
     assert [outcome.ok for outcome in got] == [True, True]
