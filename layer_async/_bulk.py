@@ -320,8 +320,6 @@ class Bulk(Generic[K, V, T]):
     ) -> None:
         """Cancel the calls under way, wait until they are gone, and close the items if they are a generator."""
         self._hand_over.end()
-        if self._outage is not None:
-            self._outage.give_up()
         for scope in self._scopes:
             scope.cancel()
         # From here on this task only waits for workers that are cancelled already. The block's own exception is not
@@ -335,6 +333,8 @@ class Bulk(Generic[K, V, T]):
         finally:
             self._last_progress = self._progress()
             self._hand_over.close()
+            if self._outage is not None:
+                self._outage.give_up()  # pages that are fetched ahead may outlive the bulk
             try:
                 await self._close_iterator()
             finally:
