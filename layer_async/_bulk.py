@@ -335,6 +335,8 @@ class Bulk(Generic[K, V, T]):
         finally:
             self._last_progress = self._progress()
             self._hand_over.close()
+            if self._outage is not None:
+                self._outage.give_up()  # pages that are fetched ahead may outlive the bulk
             try:
                 await self._close_iterator()
             finally:

@@ -350,6 +350,21 @@ async def test_an_outage_is_waited_out_by_the_pages_that_a_bulk_is_fed_by(
     assert outcomes.stopped is None
 
 
+async def test_a_collection_that_an_items_call_reads_is_read_anew_after_an_outage(router: respx.MockRouter) -> None:
+    """As `fetch --pages` does: the item is held, and its call begins with the first page."""
+    away = Away(httpx.Response(503), first=4, last=40)
+    router.route().mock(side_effect=paged(away))
+    async with make() as client:
+
+        async def call(path: str) -> list[str]:
+            return [found async for found in client.paginate(path, pages=PageNumber())]
+
+        with anyio.fail_after(5):
+            async with client.bulk(["/api/list"], call) as outcomes:
+                (outcome,) = [outcome async for outcome in outcomes]
+    assert outcome.unwrap() == PATHS[:24]
+
+
 @pytest.mark.parametrize("status", [500, 503])
 async def test_a_page_whose_trouble_is_its_own_ends_the_bulk_with_its_error(
     router: respx.MockRouter, monkeypatch: pytest.MonkeyPatch, status: int
