@@ -491,7 +491,9 @@ class Bulk(Generic[K, V, T]):
             place.settles = False
             return False
         attempts = record.last_attempts
-        since = sum(attempt.elapsed for attempt in attempts[1:]) + sum(attempt.delay or 0.0 for attempt in attempts)
+        since = sum(attempt.elapsed for attempt in attempts[-1:]) + sum(
+            attempt.delay or 0.0 for attempt in attempts[-2:]
+        )
         setback = place.setback or Setback()
         is_outage = outage.missed(
             setback,
