@@ -3,9 +3,9 @@
 Rules: an outage is some failures in a row that look like it, with no answer between, or a server that wants to be left
 alone for long. While it lasts, one item at a time is tried, a probe, after a wait drawn from 0 to a bound that doubles
 up to 10 s (full jitter); all others wait in line, in the order of their arrival. The first answer to what was sent
-after its beginning ends it. An item that fails while others, sent later than it failed first, are answered has its own
-trouble: it is settled as it is, and holds up nobody. Times are seconds of one clock. This room knows neither calls nor
-outcomes.
+after its beginning ends it. An item that fails again, with no outage on, though others have been answered that were
+sent since the time before, has its own trouble: it is settled as it is, and holds up nobody. Times are seconds of one
+clock. This room knows neither calls nor outcomes.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ class Outage:
     def missed(self, setback: Setback, *, failing_since: float, tried_again: bool, asked: float | None = None) -> bool:
         """An item met what may be an outage; whether it is held. False: it is its own trouble.
 
-        `failing_since` is when the first attempt of its call had failed, `tried_again` whether there was another after
-        that, `asked` for how long the server wants to be left alone.
+        `failing_since` is when the last attempt but one of its call had failed, `tried_again` whether there was one,
+        `asked` for how long the server wants to be left alone.
         """
         now = self._clock()
-        if tried_again and self._last_answered > failing_since:
+        if tried_again and self.began is None and self._last_answered > failing_since:
             return False
         if self._last_answered > setback.failed_at:
             setback.strikes += 1

@@ -628,10 +628,15 @@ class Sandbox:
         """The pair (Token1, Token2) that may only read, as valid now; rotated together with `tokens`."""
         return self._read_only_tokens
 
+    @property
+    def next_tokens(self) -> tuple[str, str]:
+        """The pair (Token1, Token2) that will be valid after the next rotation: made beforehand, refused until then."""
+        return self._made("full")
+
     def rotate(self) -> int:
         """Replace both pairs; the old ones are refused from now on. Returns the new generation."""
         self.record.rotations += 1
-        self._adopt(self._made("full"))
+        self._adopt(self.next_tokens)
         return self.generation
 
     def outage(self, seconds: float) -> None:
@@ -841,7 +846,12 @@ class Sandbox:
             case "GET served":
                 return {name: counts.tolist() for name, counts in self.record.served.items()}
             case "GET tokens":
-                return {"generation": self.generation, "tokens": self.tokens, "read_only_tokens": self.read_only_tokens}
+                return {
+                    "generation": self.generation,
+                    "tokens": self.tokens,
+                    "next_tokens": self.next_tokens,
+                    "read_only_tokens": self.read_only_tokens,
+                }
             case "POST rotate":
                 return {"generation": self.rotate()}
             case "POST outage":
@@ -1102,6 +1112,11 @@ class SandboxProcess:
     def tokens(self) -> tuple[str, str]:
         """The (Token1, Token2) that are valid now: wrapped in a `TokenPair`, a source of tokens."""
         first, second = self._ask("GET", "tokens")["tokens"]
+        return first, second
+
+    def next_tokens(self) -> tuple[str, str]:
+        """The (Token1, Token2) that will be valid after the next rotation."""
+        first, second = self._ask("GET", "tokens")["next_tokens"]
         return first, second
 
     def read_only_tokens(self) -> tuple[str, str]:

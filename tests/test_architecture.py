@@ -127,6 +127,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli._get": {DOOR, "cli._files"},
     "cli._fetch": {DOOR, "cli._files", "cli._get", "cli._items", "cli._progress", "cli._resume"},
     "cli._sandbox": {DOOR, "sandbox"},
+    "cli._pull": {DOOR, "cli", "cli._fetch", "demo"},
     "cli._demo": {DOOR, "cli._files", "cli._progress", "demo", "sandbox"},
     "cli": {DOOR, "cli._demo", "cli._fetch", "cli._files", "cli._get", "cli._sandbox"},
     "__main__": {"cli"},

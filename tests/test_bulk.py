@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from layer_async import _bulk, _outage
 from layer_async._bulk import Bulk, ItemRecord, current_item, run_all
 from layer_async._errors import (
+    AttemptInfo,
     AuthenticationError,
     ClientClosedError,
     ConfigurationError,
@@ -1435,6 +1436,25 @@ async def test_an_item_with_a_trouble_of_its_own_is_no_outage_and_holds_up_nobod
     assert max(outcome.attempts or 0 for outcome in failed.values()) <= 20
     assert journal.settled["\x005"] is False
     assert outcomes.stopped is None
+
+
+@pytest.mark.usefixtures("quick")
+async def test_an_item_is_held_whose_own_trouble_an_outage_followed() -> None:
+    server = Server()
+
+    def fail_once(number: int) -> None:
+        record = current_item.get()
+        assert record is not None
+        server.is_away = server.sent == [0, 1]
+        if server.is_away:  # its first attempt failed before item 0 was answered, the others since
+            record.last_attempts = [
+                AttemptInfo(n, "503", 503, 0.0, delay) for n, delay in ((1, 100.0), (2, 0.0), (3, None))
+            ]
+
+    server.on_call = fail_once
+    async with Bulk(range(2), server, workers=1) as outcomes:
+        assert all([outcome.ok async for outcome in outcomes])
+    assert server.sent == [0, 1, 1]
 
 
 @pytest.mark.usefixtures("quick")

@@ -100,6 +100,14 @@ async def test_an_item_that_fails_while_others_are_answered_has_its_own_trouble(
     assert server.miss()  # no second attempt: the budget was spent
 
 
+async def test_an_item_that_had_its_own_trouble_when_the_outage_began_is_held_too() -> None:
+    server = Server()
+    server.clock.now += 3
+    server.outage.answered(server.clock.now - 1)
+    server.break_down()
+    assert server.miss(tail=2.0)  # what was answered in between says nothing of now
+
+
 async def test_an_item_that_fails_again_and_again_while_others_are_answered_is_held_so_often_only() -> None:
     server = Server()
     setback = Setback()

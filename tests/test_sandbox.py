@@ -821,9 +821,13 @@ async def test_with_the_control_key_everything_can_be_asked_and_done() -> None:
     assert await ask("GET", "paths") == {"GET /api/sites/2": 1}
     assert await ask("GET", "served") == {"sites": [0, 0, 1]}
     assert await ask("POST", "rotate") == {"generation": 2}
+    to_come = (await ask("GET", "tokens"))["next_tokens"]
+    assert await ask("POST", "rotate") == {"generation": 3}
+    assert to_come == list(sandbox.tokens)
     assert await ask("GET", "tokens") == {
-        "generation": 2,
+        "generation": 3,
         "tokens": list(sandbox.tokens),
+        "next_tokens": list(sandbox.next_tokens),
         "read_only_tokens": list(sandbox.read_only_tokens),
     }
     assert await ask("POST", "outage?milliseconds=250") == {"seconds": 0.25}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 from cyclopts import App, CycloptsError
 
@@ -52,9 +52,14 @@ app.command(demo)
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code."""
+    return exit_code_of(lambda: app(arguments, exit_on_error=False, print_error=True, result_action="return_value"))
+
+
+def exit_code_of(command: Callable[[], object]) -> int:
+    """Run `command` and return its exit code; what it raises is told on stderr."""
     with terminating() as terminated:
         try:
-            code = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+            code = command()
         except CycloptsError:
             return 2
         except ConfigurationError as exc:

@@ -21,8 +21,10 @@ from .. import (
     AsyncLayerClient,
     AuthenticationError,
     ConfigurationError,
+    Event,
     LayerError,
     MissingTokensError,
+    Observer,
     Outcome,
     Pacing,
     ResponseDecodeError,
@@ -64,6 +66,7 @@ def fetch(
     workers: Annotated[Literal["auto"] | int, Parameter(validator=at_least_one)] = "auto",
     rate: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
     stop_when: str | None = None,
+    observer: Annotated[Observer | None, Parameter(parse=False)] = None,
 ) -> int:
     """GET many documents, concurrently, and write one line of JSON for each.
 
@@ -112,9 +115,14 @@ def fetch(
         options["stop_when"] = stop_rule(stop_when)
     tally = Tally("fetched")
 
+    def observe(event: Event) -> None:
+        tally.observe(event)
+        if observer is not None:
+            observer(event)
+
     async def main() -> None:
         pacing = Pacing(rate=rate)
-        async with AsyncLayerClient(follow_redirects=True, observer=tally.observe, pacing=pacing) as client:
+        async with AsyncLayerClient(follow_redirects=True, observer=observe, pacing=pacing) as client:
             tally.pace = lambda: client.pace
             call = pages_call(client, strategy, items) if strategy else document_call(client)
             try:
