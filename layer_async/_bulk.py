@@ -320,8 +320,6 @@ class Bulk(Generic[K, V, T]):
     ) -> None:
         """Cancel the calls under way, wait until they are gone, and close the items if they are a generator."""
         self._hand_over.end()
-        if self._outage is not None:
-            self._outage.give_up()
         for scope in self._scopes:
             scope.cancel()
         # From here on this task only waits for workers that are cancelled already. The block's own exception is not
