@@ -85,7 +85,7 @@ class Slot:
         self._pool: ConnectionPool | None = pool
         self._route: Route = None
         self._connection: Connection | None = None
-        self.is_revoked = False
+        self.is_revoked: bool = False
         """Whether the pool took the slot back by itself: it was closed, or moved to another event loop."""
 
     @property

@@ -92,7 +92,7 @@ class FetchError(LayerError):
     def __init__(self, message: str, *, code: int = 1, lines: list[str] | None = None) -> None:
         super().__init__(message)
         self.code = code
-        self.lines = lines or []
+        self.lines: list[str] = lines or []
 
 
 class Fetch:
@@ -104,7 +104,7 @@ class Fetch:
     def __init__(
         self, arguments: list[str], environment: dict[str, str], on_told: Callable[[Meter], None], patience: float
     ) -> None:
-        self.meter = Meter()
+        self.meter: Meter = Meter()
         self._on_told = on_told
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed at the end of the block)
         self._process = subprocess.Popen(  # noqa: S603 (our own interpreter, our own arguments)
