@@ -609,7 +609,7 @@ def test_a_journal_costs_little_holds_up_nobody_and_does_not_grow(
     Keys come in order but for one in ten, which comes from anywhere, and not faster than calls can be made. What else
     holds up this process is seen by stops where there is nothing to do.
     """
-    count, warm = (1_000_000, 10_000) if full else (8_000, 2_000)
+    count, warm = (1_000_000, 10_000) if full else (4_000, 1_000)
     draw = random.Random(seed)
     numbers = [number if draw.random() < 0.9 else draw.randrange(10**7, 10**8) for number in range(count + warm)]
     stops: list[float] = []
