@@ -76,7 +76,7 @@ class Origin(Value):
     def admits(self, url: httpx.URL) -> bool:
         """Whether `url` is at this origin."""
         base = self._base
-        if base is not None:  # pragma: no branch - else httpx has another shape
+        if base is not None:  # else httpx has another shape
             ours, its = base._uri_reference, url._uri_reference
             if its.host is ours.host and its.scheme is ours.scheme and its.port == ours.port:
                 return True

@@ -100,9 +100,7 @@ class PortableConnection:
         except BaseException as exc:
             self.close()
             await body.aclose()
-            if isinstance(
-                exc, h11.LocalProtocolError
-            ):  # pragma: no cover - on trio httpx refuses it first. Of the body
+            if isinstance(exc, h11.LocalProtocolError):  # of the body
                 raise httpcore.LocalProtocolError(str(exc)) from exc
             if type(exc).__module__.startswith("socksio."):  # httpcore lets those of its SOCKS library through
                 raise httpcore.ProxyError(f"the SOCKS proxy does not speak SOCKS: {exc}") from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import random
@@ -54,6 +55,14 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the promises at their full figures")
+
+
+@pytest.fixture(scope="module")
+def unmeasured_children() -> Iterator[None]:
+    """No coverage of the processes that a module starts: it costs each 0.2 s, and is not needed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
 
 
 @pytest.fixture
@@ -109,6 +118,12 @@ def promise_record(request: pytest.FixtureRequest, seed: int) -> PromiseRecord:
     return record
 
 
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests are no garbage: no collection in a test is to walk over them."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Remember which promises were broken."""
@@ -120,6 +135,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Leave what a full run found."""
+    gc.unfreeze()  # who comes after the tests may ask the collector who refers to what, as Hypothesis does
     stash = session.config.stash
     kept, broken = stash.get(KEPT, []), stash.get(BROKEN, set())
     if session.config.getoption("--full") and (kept or broken):

@@ -628,8 +628,14 @@ def test_the_short_way_leaves_all_else_to_the_long_one(path: Any) -> None:
 
 
 def test_without_httpxs_private_name_there_is_only_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(httpx, "URL", type("URL", (), {"__init__": lambda self, url: None}))
-    assert Origin("https", "api.example", 443).target("/x") is None
+    here, elsewhere = httpx.URL("https://api.example/x"), httpx.URL("https://api.example:444/x")
+    with monkeypatch.context() as patch:
+        patch.setattr(httpx, "URL", type("URL", (), {"__init__": lambda self, url: None}))
+        origin = Origin("https", "api.example", 443)
+    assert origin.target("/x") is None
+    assert origin.resolve("/x") == here
+    assert origin.admits(here)
+    assert not origin.admits(elsewhere)
 
 
 # Links that a server gives

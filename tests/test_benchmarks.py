@@ -22,6 +22,8 @@ from benchmarks.document import PATH_ROOM, Document, Template, WrongAnswerError,
 from benchmarks.origin import ROOT, OriginAddress, running_origin
 from benchmarks.peers import PEERS, Cell, Peer
 
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
+
 SETTINGS = report.Settings(
     rounds=3, concurrency=(1, 10), connections=None, tls=True, size=2048, latency=0.0, seconds=1.0, time_limit=60.0
 )
@@ -261,12 +263,12 @@ def test_a_peer_that_is_not_installed_says_what_is_missing() -> None:
 def test_a_quick_race_prints_its_table_and_writes_its_result_file(tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     out = tmp_path / "results" / "race.json"
-    quick = ["--quick", "--rounds", "1", "--concurrency", "1,2", "--seconds", "0", "--no-startup"]
+    quick = ["--quick", "--rounds", "1", "--concurrency", "2", "--seconds", "0", "--no-startup"]
     done = run("benchmarks.race", *quick, "--peers", "httpx,aiohttp", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("us/call") == 4
+    assert done.stderr.count("us/call") == 2
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith(("httpx, default", "aiohttp  "))]
-    assert len(lines) == 4
+    assert len(lines) == 2
     assert all(line[-1] == "0" for line in lines), "errors"
 
     written = out.read_text(encoding="utf-8")
@@ -277,7 +279,7 @@ def test_a_quick_race_prints_its_table_and_writes_its_result_file(tmp_path: Path
     assert result.machine.cores >= 1
     assert {"httpx", "aiohttp", "layer-async"} <= set(result.machine.packages)
     (one,) = result.races
-    assert {(row.peer, row.concurrency) for row in one.rows} == set(itertools.product(("httpx", "aiohttp"), (1, 2)))
+    assert {(row.peer, row.concurrency) for row in one.rows} == {("httpx", 2), ("aiohttp", 2)}
     for cell in one.cells:
         assert cell.measurement is not None
         assert cell.measurement.calls >= 300
@@ -287,7 +289,7 @@ def test_a_quick_race_prints_its_table_and_writes_its_result_file(tmp_path: Path
 
     again = run("benchmarks.report", str(out), "--markdown")
     assert again.returncode == 0, again.stderr
-    assert "| C = 1 | C = 2 |" in again.stdout
+    assert "| C = 2 |" in again.stdout
     assert again.stdout.count("| aiohttp |") == 3
 
 

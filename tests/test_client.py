@@ -42,6 +42,7 @@ from layer_async import (
     ServerError,
     TokenPair,
     TokensRefreshed,
+    _pace,
 )
 from layer_async import _errors as errors
 from layer_async._pacing import Gate
@@ -394,7 +395,11 @@ async def test_idempotent_is_the_callers_word(client: AsyncLayerClient, router: 
         await client.put("/api/x", json={}, idempotent=False)
 
 
-async def test_a_429_shuts_the_gate_for_all_and_nothing_is_lost(router: respx.MockRouter) -> None:
+async def test_a_429_shuts_the_gate_for_all_and_nothing_is_lost(
+    router: respx.MockRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pace, "FIRST_RATE", 1000.0)
+    monkeypatch.setattr(_pace.Pace, "pause", lambda self, jitter: 0.001)
     answers = [httpx.Response(429)] * 3 + [httpx.Response(200)] * 20
     router.get(path__startswith="/api/").mock(side_effect=answers)
     async with make() as client:

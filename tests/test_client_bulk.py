@@ -88,7 +88,7 @@ class Away:
     ids=str,
 )
 async def test_no_item_is_lost_to_an_outage_of_any_kind(router: respx.MockRouter, fail: Any) -> None:
-    away = Away(fail)
+    away = Away(fail, last=40)
     router.route().mock(side_effect=away)
     async with make() as client, client.bulk(PATHS, workers=5) as outcomes:
         got = [outcome async for outcome in outcomes]
@@ -191,7 +191,7 @@ async def test_a_deadline_that_passes_while_nothing_comes_is_an_outage(router: r
         nonlocal asked
         asked += 1
         if asked < 4:
-            await anyio.sleep(1)
+            await anyio.sleep_forever()
         return httpx.Response(200)
 
     router.route().mock(side_effect=answer)

@@ -9,7 +9,7 @@ import gc
 import gzip
 import pickle
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,33 +222,40 @@ async def test_closing_a_client_over_a_transport_of_ones_own_closes_that() -> No
     assert client.http.is_closed
 
 
+@pytest.fixture(scope="module")
+def lines() -> Iterator[tuple[FaultServer, bytes]]:
+    """A server with a long answer, which is that."""
+    lines = b"a line\n" * 100_000
+    with FaultServer() as server:
+        server.behaviours["lines"] = lambda ex: ex.respond(lines)
+        yield server, lines
+
+
 @pytest.mark.parametrize("reader", ["aiter_raw", "aiter_bytes", "aiter_text", "aiter_lines"])
 @pytest.mark.parametrize("end", ["break", "error", "cancel"])
 @pytest.mark.parametrize("limit", [None, 10**7])
 async def test_a_stream_that_is_left_half_way_leaves_no_generator_behind(
-    reader: str, end: str, limit: int | None
+    reader: str, end: str, limit: int | None, lines: tuple[FaultServer, bytes]
 ) -> None:
     """trio warns of a generator that the garbage collector finds, and a warning is an error here."""
-    lines = b"a line\n" * 100_000
-    with FaultServer() as server:
-        server.behaviours["lines"] = lambda ex: ex.respond(lines)
-        async with make(server) as client:
-            seen = 0
-            with contextlib.suppress(ZeroDivisionError), anyio.CancelScope() as scope:
-                async with client.stream("GET", "/lines/1", max_response_bytes=limit) as response:
-                    async for piece in getattr(response, reader)():
-                        seen += len(piece)
-                        if end == "error":
-                            raise ZeroDivisionError
-                        if end == "cancel":
-                            scope.cancel()
-                            await anyio.sleep_forever()
-                        break
-            assert 0 < seen < len(lines)
-            del response
-            gc.collect()
-            assert client.pool.stats.in_use == client.pool.stats.open == 0
-            assert (await client.get("/ok/1")).status_code == 200
+    server, whole = lines
+    async with make(server) as client:
+        seen = 0
+        with contextlib.suppress(ZeroDivisionError), anyio.CancelScope() as scope:
+            async with client.stream("GET", "/lines/1", max_response_bytes=limit) as response:
+                async for piece in getattr(response, reader)():
+                    seen += len(piece)
+                    if end == "error":
+                        raise ZeroDivisionError
+                    if end == "cancel":
+                        scope.cancel()
+                        await anyio.sleep_forever()
+                    break
+        assert 0 < seen < len(whole)
+        del response
+        gc.collect()
+        assert client.pool.stats.in_use == client.pool.stats.open == 0
+        assert (await client.get("/ok/1")).status_code == 200
 
 
 async def test_a_stream_that_another_task_still_reads_is_ended_there() -> None:

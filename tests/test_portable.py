@@ -70,39 +70,6 @@ def facts(record: ExchangeRecord) -> tuple[int | None, bool | None, bool | None,
 # What is counted
 
 
-async def test_the_bytes_of_the_request_are_counted_and_nothing_of_the_handshake(server: FaultServer) -> None:
-    first, second = ExchangeRecord(), ExchangeRecord()
-    with connection_to(server) as connection:
-        assert await call(connection, f"{server.url}/ok/1", record=first) == b"/ok/1"
-        assert facts(first) == (len(b"GET /ok/1 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"), True, True, False, "read")
-        assert connection.is_reusable()
-        await call(connection, f"{server.url}/ok/22", record=second)
-        assert facts(second) == (len(b"GET /ok/22 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"), True, True, True, "read")
-    assert server.record.connections == 1
-
-
-async def test_a_connection_that_cannot_be_made_has_written_nothing() -> None:
-    with FaultServer() as server:
-        pass
-    record = ExchangeRecord()
-    with connection_to(server) as connection, pytest.raises(httpcore.ConnectError) as caught:
-        await call(connection, server.url, record=record)
-    assert isinstance(caught.value.__cause__, ConnectionRefusedError)
-    assert facts(record) == (0, False, False, False, "connect")
-    assert not connection.is_reusable()
-
-
-async def test_an_answer_that_never_begins_is_told_from_one_that_was_cut(server: FaultServer) -> None:
-    record = ExchangeRecord()
-    with connection_to(server) as connection, pytest.raises(httpcore.RemoteProtocolError, match="without sending"):
-        await call(connection, f"{server.url}/close", record=record)
-    assert record.bytes_written
-    assert facts(record)[1:] == (False, False, False, "read")
-    with connection_to(server) as connection, pytest.raises(httpcore.RemoteProtocolError):
-        await call(connection, f"{server.url}/half-head", record=record)
-    assert (record.response_started, record.head_received) == (True, False)
-
-
 async def test_a_write_that_fails_says_how_much_went_out(server: FaultServer) -> None:
     """The socket is shut for writing behind its back: httpcore then reads what the server has to say."""
     record = ExchangeRecord()
@@ -113,25 +80,6 @@ async def test_a_write_that_fails_says_how_much_went_out(server: FaultServer) ->
         with pytest.raises(httpcore.RemoteProtocolError):
             await call(connection, f"{server.url}/ok/2", record=record)
     assert facts(record) == (0, False, False, True, "read")
-
-
-async def test_the_record_says_what_the_attempt_is_doing(server: FaultServer) -> None:
-    record = ExchangeRecord()
-    phases: list[str] = []
-
-    async def body() -> AsyncIterator[bytes]:
-        phases.append(record.phase)
-        yield b"x"
-
-    with connection_to(server) as connection:
-        request = httpcore.Request(
-            "POST", f"{server.url}/echo", headers={"Host": "x", "Content-Length": "1"}, content=body()
-        )
-        response = await connection.handle(request, record)
-        phases.append(record.phase)
-        await response.aread()
-        await response.aclose()
-    assert phases == ["write", "read"]
 
 
 async def test_what_opens_a_tunnel_is_not_counted() -> None:
@@ -182,39 +130,6 @@ async def test_an_error_of_the_socks_library_becomes_one_of_httpcores(
 # When a connection serves again
 
 
-@pytest.mark.parametrize("path", ["extra", "extra-chunked", "extra-204", "extra-304", "connection-close", "http10"])
-async def test_a_connection_with_something_left_over_or_at_its_end_does_not_serve_again(
-    server: FaultServer, path: str
-) -> None:
-    with connection_to(server) as connection:
-        await call(connection, f"{server.url}/{path}")
-        assert not connection.is_reusable()
-
-
-async def test_a_body_in_answer_to_head_is_left_over(server: FaultServer) -> None:
-    with connection_to(server) as connection:
-        assert await call(connection, f"{server.url}/extra-head", method="HEAD") == b""
-        assert not connection.is_reusable()
-
-
-@pytest.mark.parametrize("path", ["extra-later", "lie"])
-async def test_what_comes_after_the_answer_is_noticed_when_it_comes(server: FaultServer, path: str) -> None:
-    with connection_to(server) as connection:
-        await call(connection, f"{server.url}/{path}")
-        with anyio.fail_after(5):
-            while connection.is_reusable():
-                await anyio.sleep(0.001)
-        assert not connection.is_alive()
-
-
-async def test_session_tickets_that_come_late_are_no_reason_to_close() -> None:
-    with FaultServer(tls=True) as server, connection_to(server) as connection:
-        await call(connection, f"{server.url}/ok/1")
-        await anyio.sleep(0.005)
-        assert connection.is_alive()
-        assert connection.is_reusable()
-
-
 async def test_without_the_private_names_nothing_serves_again(server: FaultServer) -> None:
     with connection_to(server) as connection:
         await call(connection, f"{server.url}/ok/1")
@@ -232,33 +147,6 @@ async def test_an_unread_answer_does_not_leave_a_reusable_connection(server: Fau
 
 
 # Bodies
-
-
-@pytest.mark.parametrize("path", ["truncate-length", "truncate-chunked", "truncate-reset"])
-async def test_a_body_that_was_cut_is_an_error(server: FaultServer, path: str) -> None:
-    with (
-        connection_to(server) as connection,
-        pytest.raises((httpcore.RemoteProtocolError, httpcore.ReadError)),
-    ):
-        await call(connection, f"{server.url}/{path}")
-
-
-async def test_a_body_that_only_the_end_delimits_must_end_with_tls_own_goodbye() -> None:
-    with FaultServer(tls=True) as server:
-        with connection_to(server) as connection:
-            assert await call(connection, f"{server.url}/until-end") == b"whole"
-        with connection_to(server) as connection, pytest.raises(httpcore.RemoteProtocolError, match="cut"):
-            await call(connection, f"{server.url}/until-cut")
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [("drip", b"drops"), ("chunked", b"onetwothree"), ("early-hints", b"after all"), ("large/1000000", b"x" * 10**6)],
-)
-async def test_bodies_come_whole_in_whatever_pieces(server: FaultServer, path: str, body: bytes) -> None:
-    with connection_to(server) as connection:
-        assert await call(connection, f"{server.url}/{path}") == body
-        assert connection.is_reusable()
 
 
 async def test_an_answer_framed_twice_is_the_last_one_on_its_connection(server: FaultServer) -> None:
@@ -288,34 +176,6 @@ async def test_an_answer_of_another_major_version_is_not_believed(
                 await call(connection, f"{server.url}/version", record=record)
             assert not connection.is_alive()
             assert (record.response_started, record.head_received) == (True, False)
-
-
-async def test_what_is_not_http_is_an_error(server: FaultServer) -> None:
-    with connection_to(server) as connection, pytest.raises(httpcore.RemoteProtocolError):
-        await call(connection, f"{server.url}/garbage")
-
-
-async def test_corrupt_tls_is_a_read_error() -> None:
-    def corrupt(ex: Exchange) -> None:
-        ex.sock.sendall(b"\x17\x03\x03\x00\x20" + b"\x00" * 32)
-        ex.hang()
-
-    def answer_then_corrupt(ex: Exchange) -> None:
-        ex.respond(b"ok")
-        corrupt(ex)
-
-    with FaultServer(tls=True) as server:
-        server.behaviours["corrupt"] = corrupt
-        server.behaviours["answer-then-corrupt"] = answer_then_corrupt
-        with connection_to(server) as connection, pytest.raises(httpcore.ReadError) as caught:
-            await call(connection, f"{server.url}/corrupt")
-        assert isinstance(caught.value.__cause__, ssl.SSLError)
-        with connection_to(server) as connection:
-            await call(connection, f"{server.url}/answer-then-corrupt")
-            while connection.is_alive():
-                await anyio.sleep(0.001)
-            with pytest.raises((httpcore.WriteError, httpcore.ReadError, httpcore.RemoteProtocolError)):
-                await call(connection, f"{server.url}/ok")
 
 
 async def test_a_large_upload_arrives_whole(server: FaultServer) -> None:
@@ -410,32 +270,7 @@ async def test_a_server_that_takes_no_more_of_an_upload_ends_in_a_timeout(
         await connection.handle(request, ExchangeRecord())
 
 
-async def test_a_connection_that_is_not_accepted_times_out() -> None:
-    with FaultServer(accepting=False) as server:
-        record = ExchangeRecord()
-        with connection_to(server) as connection, pytest.raises(httpcore.ConnectTimeout):
-            await call(connection, server.url, timeout={"connect": 0.01}, record=record)
-        assert facts(record) == (0, False, False, False, "connect")
-
-
-async def test_a_handshake_that_does_not_go_on_times_out() -> None:
-    with FaultServer(tls=True, accepting=False) as server, closing(socket.create_server(("127.0.0.1", 0))) as silent:
-        server.port = silent.getsockname()[1]
-        with connection_to(server) as connection, pytest.raises(httpcore.ConnectTimeout):
-            await call(connection, server.url, timeout={"connect": 0.01})
-
-
 # TLS
-
-
-async def test_a_certificate_that_is_refused_can_be_found_behind_the_error() -> None:
-    factory = httpcore.AsyncConnectionPool(ssl_context=ssl.create_default_context())
-    with FaultServer(tls=True) as server:
-        connection = PortableConnection(factory, httpcore.URL(server.url).origin, tls_layers=1)
-        with pytest.raises(httpcore.ConnectError, match="certificate verify failed") as caught:
-            await call(connection, server.url)
-        assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
-        connection.close()
 
 
 async def test_a_handshake_that_is_cut_is_a_connect_error() -> None:
@@ -658,23 +493,6 @@ async def test_an_abandoned_connection_has_its_descriptor_closed_and_nothing_els
         connection.abandon()
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(number)
-
-
-async def test_a_reset_is_a_read_error_and_an_idle_connection_that_was_reset_is_dead(server: FaultServer) -> None:
-    def answer_then_reset(ex: Exchange) -> None:
-        ex.respond(b"ok")
-        ex.pause()
-        ex.reset()
-
-    server.behaviours["answer-then-reset"] = answer_then_reset
-    with connection_to(server) as connection, pytest.raises(httpcore.ReadError) as caught:
-        await call(connection, f"{server.url}/reset")
-    assert isinstance(caught.value.__cause__, ConnectionResetError)
-    with connection_to(server) as connection:
-        await call(connection, f"{server.url}/answer-then-reset")
-        with anyio.fail_after(5):
-            while connection.is_alive():
-                await anyio.sleep(0.001)
 
 
 async def test_a_cancelled_attempt_leaves_no_socket_once_its_connection_is_closed(server: FaultServer) -> None:

@@ -1056,8 +1056,8 @@ def test_a_process_that_does_not_end_when_asked_is_killed() -> None:
 
 
 def test_a_process_ends_when_the_one_that_made_it_dies() -> None:
-    script = "import sys, time; from layer_async import sandbox; child = sandbox.spawn(documents=1)\n"
-    script += "print(child.url, flush=True); time.sleep(600)"
+    script = "import signal; from layer_async import sandbox; child = sandbox.spawn(documents=1)\n"
+    script += "print(child.url, flush=True); signal.pause()"
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     with parent:
         assert parent.stdout is not None

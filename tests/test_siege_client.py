@@ -36,7 +36,7 @@ from layer_async.sandbox import Sandbox, serve
 from .conftest import PromiseRecord
 from .faultserver import FaultServer, client_context
 
-pytestmark = [pytest.mark.anyio, pytest.mark.promise]
+pytestmark = [pytest.mark.anyio, pytest.mark.promise, pytest.mark.usefixtures("unmeasured_children")]
 
 PAIR = TokenPair("siege-token-one-7d1f", "siege-token-two-93ac")
 QUICK = RetryPolicy(backoff_initial=0.001, backoff_max=0.001)
@@ -90,7 +90,7 @@ async def test_calls_cancelled_at_random_lose_nothing(
     no_collector: None,
     promise_record: PromiseRecord,
 ) -> None:
-    total, size = (100_000 if full else 1_000), 8
+    total, size = (100_000 if full else 320), 8
     dice = random.Random(seed)
     with FaultServer(tls=tls, closing=0.05, seed=seed) as server:
         before = open_sockets()
@@ -141,7 +141,7 @@ async def test_calls_cancelled_at_random_lose_nothing(
 async def test_connections_closed_at_random_fail_no_safe_call_and_run_no_post_twice(
     full: bool, seed: int, report: list[str], promise_record: PromiseRecord
 ) -> None:
-    total = 10_000 if full else 600
+    total = 10_000 if full else 300
     with FaultServer(closing=0.3, seed=seed) as server:
         lost = 0
         doubtful: list[bool] = []
@@ -183,7 +183,7 @@ async def test_connections_closed_at_random_fail_no_safe_call_and_run_no_post_tw
 async def test_thousands_of_calls_at_once_do_not_stall_the_loop_or_open_more_connections(
     full: bool, report: list[str], seed: int
 ) -> None:
-    few, many = (400, 4_000) if full else (200, 2_000)
+    few, many = (400, 4_000) if full else (200, 1_000)
     cost: dict[int, float] = {}
     stall: dict[str, float] = {}
     with running_origin(tls=False, latency=0, size=2048) as origin:  # in a process of its own: its work is not ours
@@ -194,7 +194,7 @@ async def test_thousands_of_calls_at_once_do_not_stall_the_loop_or_open_more_con
                 cost[total] = (time.process_time() - started) / total
                 assert client.pool.stats.opened <= 101
         stall["bare"] = await _longest_stall(_bare_tasks, many)
-    assert stall["calls"] <= (4 * stall["bare"] if full else stall["bare"] + 0.5)
+    assert stall["calls"] <= (4 * stall["bare"] if full else stall["bare"] + 1.5)
     if full:
         assert cost[many] <= 1.3 * cost[few]
     report.append(
@@ -245,7 +245,7 @@ async def _longest_stall(run: Callable[..., Awaitable[None]], *arguments: Any) -
 async def test_closing_with_thousands_waiting_is_quick_and_leaves_no_socket(
     full: bool, report: list[str], no_collector: None, promise_record: PromiseRecord
 ) -> None:
-    total = 10_000 if full else 2_000
+    total = 10_000 if full else 1_000
     with FaultServer() as server:
         before = open_sockets()
         client = make(server, deadline=None)
@@ -330,7 +330,8 @@ async def _worst_overrun(client: AsyncLayerClient, calls: int, seed: int) -> flo
 # Tokens
 
 
-async def test_a_thousand_calls_that_meet_an_expired_pair_cause_one_refresh(report: list[str]) -> None:
+async def test_a_thousand_calls_that_meet_an_expired_pair_cause_one_refresh(full: bool, report: list[str]) -> None:
+    total = 1000 if full else 300
     sandbox = Sandbox(documents=100)
     asked = 0
 
@@ -344,8 +345,8 @@ async def test_a_thousand_calls_that_meet_an_expired_pair_cause_one_refresh(repo
         async with AsyncLayerClient(tokens=source, base_url=server.url, retry=QUICK, limits=limits) as client:
             await client.get("/api/customers/1")
             sandbox.rotate()
-            paths = [f"/api/customers/{n % 100 + 1}" for n in range(1000)]
-            await client.fetch_all(paths, workers=1000)
+            paths = [f"/api/customers/{n % 100 + 1}" for n in range(total)]
+            await client.fetch_all(paths, workers=total)
             stats = client.pool.stats
     assert asked == 2
     assert (stats.in_use, stats.waiting) == (0, 0)

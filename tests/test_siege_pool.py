@@ -164,7 +164,7 @@ CANCELS: dict[str, Callable[..., Awaitable[bool]]] = {
 async def test_cancels_at_random_points_lose_no_slot_no_socket_and_no_place_in_the_queue(
     kind: str, way: str, full: bool, seed: int, report: list[str], promise_record: PromiseRecord
 ) -> None:
-    wanted = (100_000 if full else 5000) // (len(KINDS) * len(WAYS))
+    wanted = (100_000 if full else 1500) // (len(KINDS) * len(WAYS))
     chance = random.Random(seed)
     cancelled = calls = 0
     async with siege(kind) as at:
@@ -240,12 +240,17 @@ async def run_out(way: str, step: int, call: Callable[[], Coroutine[Any, Any, No
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("path", ["/slow/1", "/chunked", "/lie", "/echo"])
 async def test_a_cancel_at_every_step_of_a_call_loses_nothing(
-    kind: str, way: str, path: str, report: list[str]
+    kind: str, way: str, path: str, anyio_backend: str, full: bool, report: list[str]
 ) -> None:
-    """On a new connection, on one that has served, and in the queue."""
+    """On a new connection, on one that has served, and in the queue.
+
+    In short at the first three and at every fourth of the others, which kind and way choose.
+    """
     steps: list[int] = []
+    chosen = (KINDS.index(kind) + WAYS.index((way, anyio_backend))) % 4
+    taken = [step for step in range(1, 61) if full or step <= 3 or step % 4 == chosen]
     async with siege(kind, size=2) as at:
-        content = b"x" * 3_000_000 if path == "/echo" else None
+        content = b"x" * (3_000_000 if full else 1_000_000) if path == "/echo" else None
 
         async def call() -> None:
             with suppress(httpx.TransportError) if path == "/lie" else nullcontext():
@@ -262,8 +267,8 @@ async def test_a_cancel_at_every_step_of_a_call_loses_nothing(
                     slot.release()
 
         for is_warm, make in ((False, call), (True, call), (True, call_from_the_queue)):
-            step = 1
-            while True:
+            count = 0
+            for step in taken:
                 if is_warm:
                     await at.call_until_answered("/ok/warm")
                     if path == "/lie":
@@ -276,10 +281,8 @@ async def test_a_cancel_at_every_step_of_a_call_loses_nothing(
                     at.server.drop_connections()
                     while at.server.open_connections:
                         await anyio.lowlevel.checkpoint()
-                step += 1
-                if step > 60:
-                    break
-            steps.append(step - 1)
+                count += 1
+            steps.append(count)
     assert steps[0] >= 1
     report.append(f"{steps} steps")
 
@@ -318,7 +321,7 @@ async def call_again_if_stale(at: Siege, method: str, path: str, content: bytes 
 async def test_a_server_that_closes_idle_connections_at_random_fails_no_idempotent_call_and_executes_no_post_twice(
     kind: str, full: bool, seed: int, report: list[str]
 ) -> None:
-    count = 15_500 if full else 800  # a third of them POST
+    count = 15_500 if full else 250  # a third of them POST
     chance = random.Random(seed)
     failed: list[str] = []
     posts = 0
@@ -358,7 +361,7 @@ async def test_a_server_that_closes_idle_connections_at_random_fails_no_idempote
 async def test_thousands_of_calls_at_once_open_no_more_connections_than_there_are_slots(
     kind: str, full: bool, report: list[str]
 ) -> None:
-    count = 4000 if full else 1000
+    count = 4000 if full else 400
     async with siege(kind, size=100) as at:
         async with anyio.create_task_group() as group:
             for number in range(count):
@@ -370,7 +373,10 @@ async def test_thousands_of_calls_at_once_open_no_more_connections_than_there_ar
 
 
 @pytest.mark.parametrize("kind", ["plain", "TLS"])
-async def test_closing_with_ten_thousand_pending_takes_less_than_a_second(kind: str, report: list[str]) -> None:
+async def test_closing_with_ten_thousand_pending_takes_less_than_a_second(
+    kind: str, full: bool, report: list[str]
+) -> None:
+    pending = 10_000 if full else 2_000
     ended: list[bool] = []
     async with siege(kind, size=50) as at:
 
@@ -391,13 +397,13 @@ async def test_closing_with_ten_thousand_pending_takes_less_than_a_second(kind: 
                 group.start_soon(call)
             while len(at.server.record.requests) < 50:
                 await anyio.sleep(0.001)
-            for _ in range(10_000):
+            for _ in range(pending):
                 group.start_soon(wait)
-            while at.pool.stats.waiting < 10_000:
+            while at.pool.stats.waiting < pending:
                 await anyio.sleep(0.001)
             started = time.perf_counter()
             await at.client.aclose()
             elapsed = time.perf_counter() - started
-    assert len(ended) == 10_050
+    assert len(ended) == pending + 50
     assert elapsed < 1
-    report.append(f"closed in {elapsed * 1000:.0f} ms")
+    report.append(f"{pending} pending, closed in {elapsed * 1000:.0f} ms")

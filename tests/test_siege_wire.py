@@ -32,7 +32,7 @@ from .conftest import PromiseRecord
 from .faultserver import BEFORE_THE_BODY, CHUNKED, STRAY, Exchange, FaultServer, client_context
 from .test_siege_pool import no_collector, open_sockets, run_out
 
-pytestmark = [pytest.mark.anyio, pytest.mark.promise]
+pytestmark = [pytest.mark.anyio, pytest.mark.promise, pytest.mark.usefixtures("unmeasured_children")]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets and memory are counted in /proc")
 both_kinds = pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 
@@ -92,7 +92,7 @@ async def test_no_call_gets_another_ones_body_under_resets_stray_bytes_and_cance
     report: list[str],
     promise_record: PromiseRecord,
 ) -> None:
-    wanted = (1_000_000 if full else 2_000) // 4  # plain and TLS, asyncio and trio
+    wanted = (1_000_000 if full else 1_000) // 4  # plain and TLS, asyncio and trio
     ways = ["scope", "native", "wait_for"] if anyio_backend == "asyncio" else ["scope"]
     chance = random.Random(seed)
     numbers = itertools.count()
@@ -186,35 +186,44 @@ def dripped(ex: Exchange) -> None:
     ex.send(b"0\r\n\r\n")
 
 
+ACTS: list[Callable[[AsyncLayerClient], Coroutine[Any, Any, None]]] = [one_request, upload, download]
+WAYS = [("scope", "asyncio"), ("scope", "trio"), ("native", "asyncio")]
+
+
 @linux
-@pytest.mark.parametrize(("way", "anyio_backend"), [("scope", "asyncio"), ("scope", "trio"), ("native", "asyncio")])
+@pytest.mark.parametrize(("way", "anyio_backend"), WAYS)
 @both_kinds
-@pytest.mark.parametrize("act", [one_request, upload, download])
+@pytest.mark.parametrize("act", ACTS)
 async def test_a_cancel_at_every_tick_loses_nothing(
     act: Callable[[AsyncLayerClient], Coroutine[Any, Any, None]],
     tls: bool,
     way: str,
+    anyio_backend: str,
     full: bool,
     report: list[str],
     promise_record: PromiseRecord,
 ) -> None:
+    """In short at the first four and at every third of the others, which the act and the way choose."""
     wanted = 100_000 // 18 if full else 1
     cancels = ticks = 0
+    chosen = (ACTS.index(act) + WAYS.index((way, anyio_backend))) % 3
     with FaultServer(tls=tls) as server, no_collector():
         server.behaviours["dripped"] = dripped
         before = open_sockets()
         async with make(server.url, 1, retry=None) as client:
             while cancels < wanted:
-                step = 1
-                while await run_out(way, step, lambda: act(client)):
+                for step in itertools.count(1):
+                    if not full and step > 4 and step % 3 != chosen:
+                        continue
+                    if not await run_out(way, step, lambda: act(client)):
+                        break
                     stats = client.pool.stats
                     assert (stats.in_use, stats.waiting) == (0, 0), f"tick {step}: {client.pool!r}"
                     assert stats.open <= 1
-                    step += 1
                     cancels += 1
-                    if step % 3 == 0:  # so that old connections are met as well as new ones
+                    if cancels % 3 == 0:  # so that old connections are met as well as new ones
                         assert (await client.get("/ok/warm", retry=QUICK)).text == "/ok/warm"
-                ticks = max(ticks, step - 1)
+                    ticks = max(ticks, step)
             with anyio.fail_after(5):
                 assert (await client.get("/ok/last", retry=QUICK)).text == "/ok/last"
         with anyio.fail_after(5):
@@ -375,7 +384,7 @@ async def test_a_call_costs_the_same_in_a_crowd_of_thousands(
 async def test_a_crowd_takes_linear_time_and_does_not_stall_the_loop(
     full: bool, report: list[str], promise_record: PromiseRecord
 ) -> None:
-    few, many = (10_000, 100_000) if full else (500, 2_000)
+    few, many = (10_000, 100_000) if full else (200, 1_000)
     seconds: dict[int, float] = {}  # of this process's CPU: who else keeps the machine busy is nothing to this
     stall: dict[str, float] = {}
     with running_origin(tls=False, latency=0, size=2048) as origin:
@@ -402,9 +411,8 @@ async def test_a_crowd_takes_linear_time_and_does_not_stall_the_loop(
         f"{seconds[few]:.2f} s for {few}, {seconds[many]:.2f} s for {many}, "
         f"longest stall {stall['calls'] * 1e3:.0f} ms, of bare tasks {stall['bare'] * 1e3:.0f} ms"
     )
-    if full:
-        assert growth <= 1.35
-        assert stall["calls"] <= 4 * stall["bare"]
+    assert growth <= (1.35 if full else 3)
+    assert stall["calls"] <= (4 * stall["bare"] if full else stall["bare"] + 1.5)
     promise_record(
         "CPU for 100,000 calls at once, to ten times that for 10,000",
         promised="linear (≤ 1.35 times)",
@@ -470,7 +478,7 @@ def in_a_fresh_process(measure: Callable[[OriginAddress, int], Awaitable[float]]
 def test_a_pending_call_and_an_idle_tls_connection_are_small(
     full: bool, report: list[str], promise_record: PromiseRecord
 ) -> None:
-    pending, idle = (100_000 if full else 5_000), 200
+    pending, idle = (100_000, 200) if full else (1_500, 80)
     with running_origin(tls=True, latency=0.05, size=2048) as origin:
         call = in_a_fresh_process(memory_of_a_pending_call, origin.port, origin.authority, pending) / 1024
         connection = in_a_fresh_process(memory_of_an_idle_connection, origin.port, origin.authority, idle) / 1024
@@ -491,6 +499,7 @@ async def test_callers_in_a_closed_loop_wait_about_as_long_as_each_other(
 ) -> None:
     callers, slots, seconds = (1_000, 100, 10.0) if full else (200, 20, 0.4)
     waits: list[float] = []
+    turns: list[int] = []
     with running_origin(tls=True, latency=0, size=2048) as origin:
         async with client_for(origin, slots) as client:
             await crowd(client, slots)
@@ -503,6 +512,7 @@ async def test_callers_in_a_closed_loop_wait_about_as_long_as_each_other(
                     number += 1
                     if began - start > seconds / 4:
                         waits.append(time.perf_counter() - began)
+                turns.append(number)
 
             async with asyncio.TaskGroup() as tasks:
                 for name in range(callers):
@@ -510,6 +520,7 @@ async def test_callers_in_a_closed_loop_wait_about_as_long_as_each_other(
     cuts = statistics.quantiles(waits, n=100)
     ratio = cuts[98] / cuts[49]
     report.append(f"{len(waits)} calls, p50 {cuts[49] * 1e3:.1f} ms, p99 {cuts[98] * 1e3:.1f} ms, {ratio:.2f} times")
+    assert max(turns) - min(turns) <= 2  # whatever stops this process meanwhile
     if full:
         assert ratio <= 1.3
     promise_record(

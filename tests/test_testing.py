@@ -21,6 +21,8 @@ layer_tokens = testing.layer_tokens
 
 ROOT = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
+
 kept: list[AsyncLayerClient] = []
 
 

@@ -92,41 +92,6 @@ async def until(condition: Callable[[], object]) -> None:
 # The record
 
 
-async def test_the_bytes_of_the_request_are_counted_and_nothing_of_the_handshake(server: FaultServer) -> None:
-    first, second = ExchangeRecord(), ExchangeRecord()
-    with connection_to(server) as connection:
-        assert await call(connection, "/ok/1", record=first) == b"/ok/1"
-        assert facts(first) == (len(b"GET /ok/1 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"), True, True, False, "read")
-        assert connection.is_reusable()
-        assert connection.is_alive()
-        assert await call(connection, "/ok/22", record=second) == b"/ok/22"
-        assert facts(second) == (len(b"GET /ok/22 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"), True, True, True, "read")
-    assert server.record.connections == 1
-
-
-async def test_a_connection_that_cannot_be_made_has_written_nothing() -> None:
-    with FaultServer() as server:
-        pass
-    record = ExchangeRecord()
-    with connection_to(server) as connection, pytest.raises(httpcore.ConnectError) as caught:
-        await call(connection, "/ok", record=record)
-    assert isinstance(caught.value.__cause__, ConnectionRefusedError)
-    assert facts(record) == (0, False, False, False, "connect")
-    assert not connection.is_reusable()
-    assert not connection.is_alive()
-
-
-async def test_an_answer_that_never_begins_is_told_from_one_that_was_cut(server: FaultServer) -> None:
-    record = ExchangeRecord()
-    with connection_to(server) as connection, pytest.raises(httpcore.RemoteProtocolError, match="without sending"):
-        await call(connection, "/close", record=record)
-    assert record.bytes_written
-    assert facts(record)[1:] == (False, False, False, "read")
-    with connection_to(server) as connection, pytest.raises(httpcore.RemoteProtocolError):
-        await call(connection, "/half-head", record=record)
-    assert (record.response_started, record.head_received) == (True, False)
-
-
 async def test_a_write_that_fails_says_how_much_went_out_and_what_the_server_said(server: FaultServer) -> None:
     for body in (b"", b"x" * 200_000):
         record = ExchangeRecord()
@@ -139,20 +104,6 @@ async def test_a_write_that_fails_says_how_much_went_out_and_what_the_server_sai
         assert facts(record) == (0, False, False, True, "read")
 
 
-async def test_the_record_says_what_the_attempt_is_doing(server: FaultServer) -> None:
-    record = ExchangeRecord()
-    phases: list[str] = []
-
-    async def body() -> AsyncIterator[bytes]:
-        phases.append(record.phase)
-        yield b"x"
-
-    with connection_to(server) as connection:
-        headers = [(b"Content-Length", b"1")]
-        assert await call(connection, "/echo", method="POST", body=body(), headers=headers, record=record) == b"x"
-        assert [*phases, record.phase] == ["write", "read"]
-
-
 # Whole exchanges
 
 
@@ -161,29 +112,6 @@ async def test_every_method_is_sent(server: FaultServer, method: str) -> None:
     with connection_to(server) as connection:
         assert await call(connection, "/echo", method=method, body=b"body") == b"body"
     assert server.record.requests[0].method == method
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("drip", b"drops"),
-        ("chunked", b"onetwothree"),
-        ("early-hints", b"after all"),
-        ("large/100000", b"x" * 10**5),
-        ("large/3000000", b"x" * 3 * 10**6),
-        ("until-end", b"whole"),
-        ("http10", b"old"),
-        ("connection-close", b"last"),
-        ("large/0", b""),
-    ],
-)
-async def test_bodies_come_whole_in_whatever_pieces(server: FaultServer, path: str, body: bytes) -> None:
-    with connection_to(server) as connection:
-        assert await call(connection, f"/{path}") == body
-        is_last = path in ("until-end", "http10", "connection-close")
-        assert connection.is_reusable() is not is_last
-        if not is_last:
-            assert await call(connection, "/ok/next") == b"/ok/next"
 
 
 async def test_a_body_that_came_with_its_head_is_there_at_once(server: FaultServer) -> None:
@@ -316,30 +244,6 @@ async def test_a_body_of_another_length_than_announced_is_an_error(server: Fault
 # When a connection serves again
 
 
-@pytest.mark.parametrize("path", ["extra", "extra-chunked", "extra-204", "extra-304"])
-async def test_a_connection_with_something_left_over_does_not_serve_again(server: FaultServer, path: str) -> None:
-    with connection_to(server) as connection:
-        body = await call(connection, f"/{path}")
-        assert b"STRAY" not in body
-        assert not connection.is_reusable()
-        assert not connection.is_alive()
-
-
-async def test_a_body_in_answer_to_head_is_left_over(server: FaultServer) -> None:
-    with connection_to(server) as connection:
-        answer = await exchange(connection, "/extra-head", method="HEAD")
-        assert answer.body == b""
-        assert not connection.is_reusable()
-
-
-@pytest.mark.parametrize("path", ["extra-later", "lie"])
-async def test_what_comes_after_the_answer_is_noticed_when_it_comes(server: FaultServer, path: str) -> None:
-    with connection_to(server) as connection:
-        await call(connection, f"/{path}")
-        await until(lambda: not connection.is_reusable())
-        assert not connection.is_alive()
-
-
 async def test_what_the_loop_has_not_told_yet_is_noticed(server: FaultServer) -> None:
     with connection_to(server) as connection:
         await call(connection, "/ok/1")
@@ -350,14 +254,6 @@ async def test_what_the_loop_has_not_told_yet_is_noticed(server: FaultServer) ->
         assert not connection.is_alive()
         with pytest.raises(httpcore.ConnectError, match="closed on this side"):
             await call(connection, "/ok/2")
-
-
-async def test_session_tickets_that_come_late_are_no_reason_to_close() -> None:
-    with FaultServer(tls=True) as server, connection_to(server) as connection:
-        await call(connection, "/ok/1")
-        await anyio.sleep(0.005)
-        assert connection.is_alive()
-        assert connection.is_reusable()
 
 
 async def test_a_request_that_asks_to_close_is_the_last(server: FaultServer) -> None:
@@ -386,15 +282,6 @@ async def test_a_body_that_was_cut_is_an_error_each_time_it_is_read(server: Faul
         assert not connection.is_reusable()
 
 
-async def test_a_body_that_only_the_end_delimits_must_end_with_tls_own_goodbye() -> None:
-    with (
-        FaultServer(tls=True) as server,
-        connection_to(server) as connection,
-        pytest.raises(httpcore.RemoteProtocolError, match="cut"),
-    ):
-        await call(connection, "/until-cut")
-
-
 async def test_a_body_that_ended_while_nobody_looked_is_all_there(server: FaultServer) -> None:
     def slowly(ex: Exchange) -> None:
         ex.send(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -414,41 +301,6 @@ async def test_what_is_not_http_is_an_error(server: FaultServer) -> None:
     for path in ("garbage", "upgrade"):
         with connection_to(server) as connection, pytest.raises(httpcore.RemoteProtocolError):
             await call(connection, f"/{path}")
-
-
-async def test_corrupt_tls_is_a_read_error() -> None:
-    def corrupt(ex: Exchange) -> None:
-        ex.sock.sendall(b"\x17\x03\x03\x00\x20" + b"\x00" * 32)
-        ex.hang()
-
-    def answer_then_corrupt(ex: Exchange) -> None:
-        ex.respond(b"ok")
-        corrupt(ex)
-
-    with FaultServer(tls=True) as server:
-        server.behaviours["corrupt"] = corrupt
-        server.behaviours["answer-then-corrupt"] = answer_then_corrupt
-        with connection_to(server) as connection, pytest.raises(httpcore.ReadError) as caught:
-            await call(connection, "/corrupt")
-        assert isinstance(caught.value.__cause__, ssl.SSLError)
-        with connection_to(server) as connection:
-            await call(connection, "/answer-then-corrupt")
-            await until(lambda: not connection.is_alive())
-
-
-async def test_a_reset_is_a_read_error_and_an_idle_connection_that_was_reset_is_dead(server: FaultServer) -> None:
-    def answer_then_reset(ex: Exchange) -> None:
-        ex.respond(b"ok")
-        ex.pause()
-        ex.reset()
-
-    server.behaviours["answer-then-reset"] = answer_then_reset
-    with connection_to(server) as connection, pytest.raises(httpcore.ReadError) as caught:
-        await call(connection, "/reset")
-    assert isinstance(caught.value.__cause__, ConnectionResetError)
-    with connection_to(server) as connection:
-        await call(connection, "/answer-then-reset")
-        await until(lambda: connection._is_closed)
 
 
 # Flow
@@ -638,14 +490,6 @@ async def test_a_server_that_takes_no_more_of_an_upload_ends_in_a_timeout(
         )
 
 
-async def test_a_connection_that_is_not_accepted_times_out() -> None:
-    with FaultServer(accepting=False) as server, connection_to(server) as connection:
-        record = ExchangeRecord()
-        with pytest.raises(httpcore.ConnectTimeout):
-            await call(connection, "/ok", timeout={"connect": 0.01}, record=record)
-        assert facts(record) == (0, False, False, False, "connect")
-
-
 # TLS
 
 
@@ -666,14 +510,6 @@ def listening(answer: Callable[[socket.socket], object]) -> Iterator[FaultServer
         yield server
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
-
-
-async def test_a_handshake_that_does_not_go_on_times_out() -> None:
-    done = threading.Event()
-    with listening(lambda sock: done.wait(5)) as server, connection_to(server) as connection:
-        with pytest.raises(httpcore.ConnectTimeout):
-            await call(connection, "/ok", timeout={"connect": 0.01})
-        done.set()
 
 
 async def test_a_handshake_that_fails_is_a_connect_error() -> None:
@@ -1072,12 +908,12 @@ async def requested(connection: WireConnection) -> None:
 
 async def uploaded(connection: WireConnection) -> None:
     async def pieces() -> AsyncIterator[bytes]:
-        for _ in range(30):
+        for _ in range(12):
             await asyncio.sleep(0)
             yield b"x" * 50_000
 
     headers = [(b"Transfer-Encoding", b"chunked")]
-    assert len(await call(connection, "/echo", method="PUT", body=pieces(), headers=headers)) == 1_500_000
+    assert len(await call(connection, "/echo", method="PUT", body=pieces(), headers=headers)) == 600_000
 
 
 @pytest.mark.parametrize("way", ["scope", "native"])
