@@ -525,6 +525,20 @@ def test_ctrl_c_ends_the_demo_and_its_processes(
     assert capfd.readouterr().err == "layer-async: interrupted.\n"
 
 
+def test_a_reader_that_has_gone_is_no_difference(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "run_demo", lambda **_: done.run)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with pytest.MonkeyPatch.context() as patch, open(writing, "w") as closed:
+        patch.setattr(sys, "stdout", closed)
+        assert cli.run(["demo", "--out", str(tmp_path)]) == 4
+        patch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # for what is in the buffer still
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_sandbox_that_does_not_start_is_told(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

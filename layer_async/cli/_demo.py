@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from ..demo import Meter
 
 
+class Screen(Console):
+    """A console for which a closed stdout is an error like any other.
+
+    rich would end the process with 1, and that is for differences.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Raise what is being handled."""
+        raise  # it is called where the error was caught
+
+
 def demo(
     *,
     documents: Annotated[int, Parameter(validator=Number(gte=1))] = 5000,
@@ -63,7 +74,7 @@ def demo(
         complain(str(exc))
         return exc.code
     with writing("stdout"):
-        return 1 if run.print_to(Console(width=100)) else 0
+        return 1 if run.print_to(Screen(width=100)) else 0
 
 
 def fresh_file(out: Path | None) -> Path:
