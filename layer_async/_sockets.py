@@ -30,7 +30,7 @@ STAGGER = 0.25  # seconds between two connection attempts: RFC 8305 section 5
 UNDER_WAY = {errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EAGAIN}
 FAIR_SHARE = 16  # so many times in a row a stream may go on without waiting before others have their turn
 EARLY_LOOK = 0.1  # seconds between two looks for an answer while the server does not take the request
-EARLY_ERROR = re.compile(rb"(HTTP/1\.[01] 1\d\d[^\n]*\n([^\r\n]+\r?\n)*\r?\n)*HTTP/1\.[01] [45]\d\d", re.ASCII)
+EARLY_ANSWER = re.compile(rb"(HTTP/1\.[01] 1\d\d[^\n]*\n([^\r\n]+\r?\n)*\r?\n)*HTTP/1\.[01] ([2-5])\d\d", re.ASCII)
 
 SocketOption = Any  # httpcore's own union of the argument tuples of setsockopt
 Address = tuple[socket.AddressFamily, tuple[Any, ...]]
@@ -332,21 +332,23 @@ class SocketStream(_Stream):
     async def _wait_until_taken(self, timeout: float | None) -> None:
         """Wait until the peer takes more; look meanwhile whether it has refused already (RFC 9112 section 9.5).
 
-        httpcore answers a `WriteError` by reading what the server says. A success that comes early ends nothing: some
-        servers begin to answer while they still read.
+        httpcore answers a `WriteError` by reading what the server says. A success that comes early ends nothing until
+        the server takes no more: some begin to answer while they still read.
         """
         if self._wire.record.phase != "write":
             return await self._wait(anyio.wait_writable, timeout, httpcore.WriteTimeout)
         ends_at = None if timeout is None else anyio.current_time() + timeout
         while True:
             assert self._wire.stream is not None
-            if EARLY_ERROR.match(self._wire.stream.peek()):
+            early = EARLY_ANSWER.match(self._wire.stream.peek())
+            is_over = ends_at is not None and anyio.current_time() >= ends_at
+            if early is not None and (is_over or early[3] != b"2"):
                 raise httpcore.WriteError("the server answered before it took the request")
+            if is_over:
+                raise httpcore.WriteTimeout("the server does not take the request")
             left = EARLY_LOOK if ends_at is None else min(EARLY_LOOK, ends_at - anyio.current_time())
             with contextlib.suppress(httpcore.WriteTimeout):
                 return await self._wait(anyio.wait_writable, left, httpcore.WriteTimeout)
-            if ends_at is not None and anyio.current_time() >= ends_at:
-                raise httpcore.WriteTimeout("the server does not take the request")
 
     async def _wait(
         self,

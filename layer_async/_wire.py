@@ -299,8 +299,9 @@ class WireConnection:
         """Send a request, and return as soon as the head of its final answer is there; `record` is kept.
 
         `timeout` has seconds or None for `connect` (for the address, for CONNECT and for each TLS handshake), `write`
-        and `read` (for each wait). A refusal (400 and above) that comes while the body is still going out ends the
-        sending. Raises httpcore's errors; then, as when it is cancelled, the connection is closed.
+        and `read` (for each wait). An answer that is no success (300 and above) and comes while the body is still going
+        out ends the sending; a success does once the server takes no more. Raises httpcore's errors; then, as when it
+        is cancelled, the connection is closed.
         """
         record.bytes_written = 0
         record.response_started = record.head_received = False
@@ -648,7 +649,7 @@ class WireConnection:
             self._is_write_broken
             or self._failure is not None
             or self._is_closed
-            or (self._reader.is_answered and self._reader.head.status >= 400)
+            or (self._reader.is_answered and self._reader.head.status >= 300)
         )
 
     def _push(self, data: bytes | memoryview) -> None:
@@ -698,7 +699,12 @@ class WireConnection:
     async def _drain(self, timeout: float | None) -> None:
         """Wait until the outbox is empty, or the server wants no more."""
         while self._outbox and not self._is_refused():
-            await self._wait(DRAINED, timeout)
+            try:
+                await self._wait(DRAINED, timeout)
+            except httpcore.WriteTimeout:
+                if not self._reader.is_answered:
+                    raise
+                self._break_write()  # it has answered, and takes no more: then that is its answer
 
     def _on_writable(self) -> None:
         sock = self._sock

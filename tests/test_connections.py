@@ -242,6 +242,31 @@ async def test_a_body_that_is_longer_than_was_declared_is_an_error_of_this_side(
         await call(connection, f"{server.url}/echo", method="PUT", content=body(), length=3)
 
 
+@pytest.mark.parametrize(("status", "write"), [("200 OK", 0.01), ("303 See Other", 60.0), ("413 Too Large", 60.0)])
+async def test_an_answer_to_an_upload_that_is_taken_no_further_is_delivered(
+    server: FaultServer, connection_to: Connecting, status: str, write: float
+) -> None:
+    """A success only once the time to write is over: some servers begin to answer while they still read."""
+
+    def answer(ex: Exchange) -> None:
+        ex.respond(b"all there", status=status)
+        ex.server.stopped.wait(10)
+
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(1000):
+            yield b"x" * 64_000
+
+    server.behaviours["refuse-early"] = answer
+    with connection_to(server) as connection, anyio.fail_after(10):
+        timeout = {"write": write, "read": 5.0}
+        url = f"{server.url}/refuse-early"
+        assert (
+            await call(connection, url, method="PUT", content=body(), length=64_000_000, timeout=timeout)
+            == b"all there"
+        )
+        assert not connection.is_reusable()
+
+
 # Errors
 
 

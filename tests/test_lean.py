@@ -507,6 +507,14 @@ async def test_a_coded_body_is_decoded_and_asked_for_again_where_it_is_corrupt(i
     assert (found if into else found.json()) == [1]
 
 
+async def test_without_pacing_there_is_no_gate_to_hear_of_it() -> None:
+    with FaultServer() as server:
+        server.behaviours["quota"] = lambda ex: ex.respond(b"{}", headers="X-RateLimit-Remaining: 0\r\n")
+        async with make(server, pacing=None) as client:
+            for number in range(2):
+                assert await client.get(f"/quota/{number}", into=Any) == {}
+
+
 @pytest.mark.parametrize("into", [None, Any])
 async def test_a_body_over_the_limit_is_refused(into: Any) -> None:
     with FaultServer() as server:
