@@ -24,11 +24,13 @@ from layer_async import (
     CallNext,
     ClientClosedError,
     ConfigurationError,
+    DeadlineExceededError,
     MalformedResponseError,
     NotFoundError,
     RetryPolicy,
     TokenPair,
 )
+from layer_async._options import Pieces
 from layer_async._pacing import Gate
 
 from .faultserver import Exchange, FaultServer
@@ -385,3 +387,33 @@ async def test_a_generators_pieces_come_once_and_an_iterables_again() -> None:
             with pytest.raises(httpx.StreamConsumed):
                 await client.post("/echo/2", content=aiter(Again(b"b")))
     assert [request.body for request in server.record.requests if request.body] == [b"a", b"a", b"b"]
+
+
+async def test_who_iterates_over_the_pieces_of_a_body_can_go_on_with_the_same_iterator() -> None:
+    iterator = aiter(Pieces(Again(b"a", b"b")))
+    assert await anext(iterator) == b"a"
+    assert [piece async for piece in iterator] == [b"b"]
+
+
+async def test_a_client_without_pacing_has_no_gate_that_could_hear_of_a_quota() -> None:
+    with FaultServer() as server:
+        server.behaviours["quota"] = lambda ex: ex.respond(
+            b"{}", headers="RateLimit-Remaining: 0\r\nRateLimit-Reset: 60\r\n"
+        )
+        async with make(server, pacing=None) as client:
+            for number in range(2):
+                with anyio.fail_after(5):
+                    assert (await client.get(f"/quota/{number}", into=dict)) == {}
+            assert client.pace is None
+
+
+async def test_a_deadline_that_passes_in_the_queue_says_so() -> None:
+    with FaultServer() as server:
+        async with make(server, limits=httpx.Limits(max_connections=1)) as client:
+            slot = await client.pool.acquire()
+            with pytest.raises(DeadlineExceededError) as caught:
+                await client.get("/ok/1", deadline=0.01)
+            slot.release()
+    assert caught.value.phase == "queue"
+    assert not caught.value.maybe_processed
+    assert not server.record.requests

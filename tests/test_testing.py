@@ -22,8 +22,6 @@ layer_tokens = testing.layer_tokens
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
-
 kept: list[AsyncLayerClient] = []
 
 
