@@ -371,7 +371,10 @@ class Call:
                 raise
             raise_translated(exc, self._context())
         self.status = response.status_code
-        self._raise_for_status(response)
+        error = self._error_in(response)
+        if error is not None:
+            del response  # its repr shows the server's own words
+            raise error
         return self._of(response)
 
     def _is_simple(self) -> bool:
@@ -591,25 +594,22 @@ class Call:
 
     # What the user gets instead of an answer
 
-    def _raise_for_status(self, response: httpx.Response) -> None:
-        code = response.status_code
+    def _error_in(self, response: httpx.Response) -> LayerError | None:
+        """What `response` means, where that is no answer: its status, or a redirect where a document is wanted."""
+        code, secrets = response.status_code, self.corridor.identity.auth.secrets
         if code >= 400:
-            raise status_error(
-                response,
-                response.content,
-                retry_after=retry_after(response),
-                secrets=self.corridor.identity.auth.secrets,
-            )
-        if 300 <= code <= 399 and not self._gives_response:
-            target = response.next_request
-            where = "nowhere" if target is None else str(Origin.of_url(target.url))
-            error = status_error(response, response.content, secrets=self.corridor.identity.auth.secrets)
-            message = (
-                f"{code}: a redirect to {where} that was not followed, so there is no document to read. "
-                "follow_redirects=True follows those that stay at the client's own origin."
-            )
-            error.args = (message,)
-            raise error
+            return status_error(response, response.content, retry_after=retry_after(response), secrets=secrets)
+        if not 300 <= code <= 399 or self._gives_response:
+            return None
+        target = response.next_request
+        where = "nowhere" if target is None else str(Origin.of_url(target.url))
+        error = status_error(response, response.content, secrets=secrets)
+        message = (
+            f"{code}: a redirect to {where} that was not followed, so there is no document to read. "
+            "follow_redirects=True follows those that stay at the client's own origin."
+        )
+        error.args = (message,)
+        return error
 
     @property
     def _gives_response(self) -> bool:

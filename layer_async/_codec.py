@@ -103,18 +103,28 @@ def decode_bytes(data: bytes, into: TypeForm[T], *, at: str = "") -> T:
     else:
         return value
     if data.startswith(BOM) and not data.startswith(BOM * 2):
-        return decode_bytes(data[len(BOM) :], into, at=at)
+        rest = [data[len(BOM) :]]
+        del data, mismatch  # as below
+        return decode_bytes(rest.pop(), into, at=at)
+    error = _misfit(data, plan, into, mismatch, at)
+    cause = mismatch.cause
+    del data, mismatch  # what they show is the server's
+    if error is None:
+        return typing.cast(T, None)
+    raise error from cause
+
+
+def _misfit(data: bytes, plan: Decoder, into: Any, mismatch: Mismatch, at: str) -> ResponseDecodeError | None:
+    """Why `data` does not decode; None where it is empty, and may be."""
     name = name_of(into)
     if not data.strip(b" \t\r\n"):
         if _admits_none(plan):
-            return typing.cast(T, None)
-        raise ResponseDecodeError(f"the body is empty, and {name} does not admit None; `{name} | None` would.")
+            return None
+        return ResponseDecodeError(f"the body is empty, and {name} does not admit None; `{name} | None` would.")
     if mismatch.malformed:
-        raise ResponseDecodeError(f"the body cannot be read as JSON: {mismatch.detail}.")
+        return ResponseDecodeError(f"the body cannot be read as JSON: {mismatch.detail}.")
     path = f"${at}{mismatch.path}"
-    raise ResponseDecodeError(
-        f"the body does not fit {name}: {mismatch.detail} at `{path}`.", path=path
-    ) from mismatch.cause
+    return ResponseDecodeError(f"the body does not fit {name}: {mismatch.detail} at `{path}`.", path=path)
 
 
 def find_texts(data: bytes, paths: Iterable[Sequence[str]]) -> list[bytes | None]:

@@ -449,7 +449,7 @@ def raise_translated(error: httpx.RequestError | httpx.InvalidURL, known: ErrorC
     if isinstance(error, httpx.RemoteProtocolError | httpx.DecodingError):
         if isinstance(error, httpx.RemoteProtocolError) and known.response_started is False:
             raise APIConnectionError("the server closed the connection without an answer.", **context) from error
-        text = f"the answer cannot be trusted: {error}."
-        del error
-        raise MalformedResponseError(text, **context) from None
+        malformed = MalformedResponseError(f"the answer cannot be trusted: {error}.", **context)
+        del error  # the other is rid of what it quotes before anybody sees it
+        raise malformed from None
     raise APIConnectionError(f"no answer: {str(error) or type(error).__name__}.", **context) from error
