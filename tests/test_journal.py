@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -247,63 +248,53 @@ def test_many_threads_may_settle(path: Path) -> None:
 # Disks that fail
 
 
-@pytest.fixture
-def full_disk(path: Path) -> Iterator[Callable[[], None]]:
-    """Lets no file of this process grow beyond what the journal's have; afterwards they may again."""
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """In here no file of this process grows beyond what the journal's have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (Path(f"{path}-wal").stat().st_size + 100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    def fill() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (Path(f"{path}-wal").stat().st_size + 100, hard))
 
-    yield fill
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_is_told_and_what_was_settled_can_be_committed_later(
-    path: Path, full_disk: Callable[[], None]
-) -> None:
-    soft_hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_full_disk_is_told_and_what_was_settled_can_be_committed_later(path: Path) -> None:
     with Journal(path) as journal:
         journal.settle("/a", ok=True, offset=5)
         journal.flush()
-        full_disk()
-        journal.settle("/b", ok=True, offset=9)
-        with pytest.raises(OSError, match="the journal cannot be written") as caught:
-            journal.flush()
+        with full_disk(path):
+            journal.settle("/b", ok=True, offset=9)
+            with pytest.raises(OSError, match="the journal cannot be written") as caught:
+                journal.flush()
         assert "/b" not in str(caught.value)
         assert journal.is_settled("/b")
         assert (journal.settled, journal.offset) == (1, 5)
-        resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
     assert keys_of(path) == ["/a", "/b"]
 
 
 def test_a_commit_that_failed_by_itself_is_told_to_who_settles_next(
-    path: Path, full_disk: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_journal, "AGE", 0.0)
-    soft_hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    journal = Journal(path)
-    with journal:
-        full_disk()
-        journal.settle("/a", ok=True)
-        until(lambda: not journal._thread.is_alive())
-        with pytest.raises(OSError, match="the journal cannot be written"):
-            journal.settle("/b", ok=True)
-        resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
+    with Journal(path) as journal:
+        with full_disk(path):
+            journal.settle("/a", ok=True)
+            until(lambda: not journal._thread.is_alive())
+            with pytest.raises(OSError, match="the journal cannot be written"):
+                journal.settle("/b", ok=True)
         journal.flush()
         journal.settle("/b", ok=True)
     assert keys_of(path) == ["/a", "/b"]
 
 
-def test_a_journal_that_cannot_be_written_at_its_end_is_closed_all_the_same(
-    path: Path, full_disk: Callable[[], None]
-) -> None:
+def test_a_journal_that_cannot_be_written_at_its_end_is_closed_all_the_same(path: Path) -> None:
     journal = Journal(path)
     journal.open()
-    full_disk()
-    journal.settle("/a", ok=True)
-    with pytest.raises(OSError, match="the journal cannot be written"):
-        journal.close()
+    with full_disk(path):
+        journal.settle("/a", ok=True)
+        with pytest.raises(OSError, match="the journal cannot be written"):
+            journal.close()
     journal.close()
     assert not Path(f"{path}-lock").exists()
 
