@@ -23,17 +23,10 @@ __all__ = ["Scopes"]
 class Scopes:
     """Makes the scopes of the calls of one client."""
 
-    __slots__ = ("_kind", "_latest", "_loop", "_places", "_timer")
+    __slots__ = ("_watch",)
 
     def __init__(self) -> None:
-        self._settle(None)
-
-    def _settle(self, loop: Any) -> None:
-        self._loop: Any = loop
-        self._kind: Any = None if loop is None else _kind(cast(Any, type(anyio.CancelScope())))
-        self._places: OrderedDict[_Place, None] = OrderedDict()  # in the order of their deadlines
-        self._latest: float = -math.inf
-        self._timer: Any = None
+        self._watch: _Watch | None = None
 
     def after(self, seconds: float | None) -> anyio.CancelScope:
         """A scope that ends `seconds` from now, or never by itself."""
@@ -41,55 +34,66 @@ class Scopes:
         loop = None if asyncio is None else asyncio._get_running_loop()
         if loop is None:  # trio
             return anyio.CancelScope(deadline=math.inf if seconds is None else anyio.current_time() + seconds)
-        if loop is not self._loop:
-            self._settle(loop)
-        scope: anyio.CancelScope = self._kind(deadline=math.inf if seconds is None else loop.time() + seconds)
-        scope.scopes = self  # type: ignore[attr-defined]
+        watch = self._watch
+        if watch is None or watch.loop is not loop:
+            watch = self._watch = _Watch(loop)  # another loop's goes on for as long as that has calls
+        scope: anyio.CancelScope = watch.kind(deadline=math.inf if seconds is None else loop.time() + seconds)
+        scope.watch = watch  # type: ignore[attr-defined]
         return scope
 
-    def take(self, scope: Any) -> bool:
-        """Watch over the deadline of `scope`; False where its turn is not the last of all."""
-        deadline = scope.deadline
-        if deadline < self._latest:
+
+class _Watch:
+    """Ends the scopes of one event loop in their time."""
+
+    __slots__ = ("kind", "loop", "places", "timer")
+
+    def __init__(self, loop: Any) -> None:
+        self.loop: Any = loop
+        self.kind: Any = _kind(cast(Any, type(anyio.CancelScope())))
+        self.places: OrderedDict[_Place, None] = OrderedDict()  # in the order of their deadlines
+        self.timer: Any = None
+
+    def takes(self, scope: Any) -> bool:
+        """Watch over the deadline of `scope`; False where that is not the last of all."""
+        deadline, places = scope.deadline, self.places
+        if deadline == math.inf:
+            return True
+        if places and deadline < next(reversed(places)).deadline:
             return False
-        if deadline < math.inf:
-            scope._timeout_handle = place = _Place(self._places, scope)
-            self._places[place] = None
-            self._latest = deadline
-            if self._timer is None:
-                self._timer = self._loop.call_at(deadline, self._look)
+        scope._timeout_handle = place = _Place(self, scope, deadline)
+        places[place] = None
+        timer = self.timer
+        if timer is None or timer.when() > deadline:
+            if timer is not None:  # it was set for one that has gone
+                timer.cancel()
+            self.timer = self.loop.call_at(deadline, self._look)
         return True
 
     def _look(self) -> None:
-        self._timer = None
-        now = self._loop.time()
-        while self._places:
-            place = next(iter(self._places))
+        self.timer = None
+        now = self.loop.time()
+        while self.places:
+            place = next(iter(self.places))
             if place.deadline > now:
-                self._timer = self._loop.call_at(place.deadline, self._look)
+                self.timer = self.loop.call_at(place.deadline, self._look)
                 return
             place.cancel()
-            place.end()
-        self._latest = -math.inf
+            place.scope.time_out()
 
 
 class _Place:
     """A scope's place in the order; stands where the scope keeps its timer."""
 
-    __slots__ = ("_places", "_scope", "deadline")
+    __slots__ = ("deadline", "scope", "watch")
 
-    def __init__(self, places: OrderedDict[_Place, None], scope: Any) -> None:
-        self._places = places
-        self._scope = scope
-        self.deadline: float = scope.deadline
+    def __init__(self, watch: _Watch, scope: Any, deadline: float) -> None:
+        self.watch: _Watch = watch
+        self.scope: Any = scope
+        self.deadline: float = deadline
 
     def cancel(self) -> None:
         """Nobody has to watch over it any more."""
-        self._places.pop(self, None)
-
-    def end(self) -> None:
-        """Its time has come."""
-        self._scope.time_out()
+        self.watch.places.pop(self, None)
 
 
 @functools.cache
@@ -99,10 +103,10 @@ def _kind(base: Any) -> Any:
         return base
 
     class CallScope(base):  # type: ignore[misc]
-        __slots__ = ("scopes",)
+        __slots__ = ("watch",)
 
         def _timeout(self) -> None:
-            if not self.scopes.take(self):
+            if not self.watch.takes(self):
                 super()._timeout()
 
         def time_out(self) -> None:

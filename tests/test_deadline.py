@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 import anyio
@@ -109,24 +110,43 @@ async def test_a_thousand_deadlines_take_one_timer() -> None:
         for _ in range(1000):
             group.start_soon(wait)
         await anyio.wait_all_tasks_blocked()
-        assert len(scopes._places) == 1000
         assert timers() == before + 1
         group.cancel_scope.cancel()
-    assert not scopes._places
     assert timers() == before + 1
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_after_a_quiet_time_a_shorter_deadline_shares_the_timer_again() -> None:
+@pytest.mark.parametrize("others", [0, 1])
+async def test_one_long_deadline_leaves_the_others_their_timer_once_it_has_gone(others: int) -> None:
+    scopes, before = Scopes(), timers()
+    with ExitStack() as stack:
+        for _ in range(others):
+            stack.enter_context(scopes.after(30.0))
+        with scopes.after(1e9):
+            with scopes.after(60.0):
+                assert timers() == before + 2
+            assert timers() == before + 1
+        with scopes.after(60.0), scopes.after(60.0), scopes.after(SOON) as short:
+            assert timers() == before + 2
+            await anyio.Event().wait()
+    assert short.cancelled_caught
+
+
+def test_a_second_event_loop_leaves_the_first_its_deadlines() -> None:
+    """It is refused, but not before it has a scope."""
     scopes = Scopes()
-    with scopes.after(SOON):
-        await anyio.sleep_forever()
-    assert scopes._timer is None
-    with scopes.after(SOON / 2) as scope:
-        assert len(scopes._places) == 1
-        await anyio.sleep_forever()
-    assert scopes._timer is None
-    assert scope.cancelled_caught
+
+    async def elsewhere() -> None:
+        with scopes.after(60.0):
+            await anyio.sleep(0)
+
+    async def here() -> bool:
+        with anyio.fail_after(10), scopes.after(5 * SOON) as scope:
+            await anyio.to_thread.run_sync(asyncio.run, elsewhere())
+            await anyio.Event().wait()
+        return scope.cancelled_caught
+
+    assert asyncio.run(here())
 
 
 def test_each_event_loop_has_its_own_timer() -> None:
