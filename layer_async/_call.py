@@ -337,9 +337,11 @@ class Call:
         try:
             yield
         except httpx.RequestError as exc:
+            self.record.maybe_processed = not self._is_safe()  # its head was answered
             exc.args = (f"{exc} after {response.num_bytes_downloaded} bytes of the body",)
             raise_translated(exc, self._context())
         except LayerError as exc:
+            self.record.maybe_processed = not self._is_safe()
             if exc.request is None:
                 self._complete(exc)
             raise
@@ -609,6 +611,7 @@ class Call:
             "follow_redirects=True follows those that stay at the client's own origin."
         )
         error.args = (message,)
+        error.maybe_processed = not self._is_safe()
         return error
 
     @property

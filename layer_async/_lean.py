@@ -28,7 +28,7 @@ from ._auth import DualTokenAuth, Turn
 from ._coding import decode_bounded, read_bounded
 from ._errors import BODY_LIMIT
 from ._exchange import ExchangeRecord, QuietRequest
-from ._origin import Origin
+from ._origin import LOWER_NAMES, Origin
 from ._seams import Seam, are_untouched
 from ._tokens import HeaderEntry
 from ._transport import AnswerStream, HTTPClient, LayerTransport, PoolAdapter, free, raise_if_revoked
@@ -57,6 +57,7 @@ TRANSPORT_SEAM = Seam(LayerTransport, "handle_async_request")
 BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})  # httpx says Content-Length: 0 for the others
 NO_BODY = httpx.ByteStream(b"")
 NO_EXTENSIONS: Mapping[str, Any] = {}
+OWN_NAMES = frozenset({"content-type", "content-length", "cookie", *LOWER_NAMES})  # what the others are built for
 AT_ONCE = 2**20  # a body of this size is decoded without giving others their turn
 
 _log = logging.getLogger("httpx")
@@ -223,7 +224,12 @@ class Lane:
         http = self._http
         if http._headers._list != self._seen:
             self._look_at_headers()
-        return self._is_plain and not http._params and (document is not None or method in BODILESS)
+        return (
+            self._is_plain
+            and not http._params
+            and not http._no_cookies.jar._cookies  # type: ignore[attr-defined]
+            and (document is not None or method in BODILESS)
+        )
 
     # Requests
 
@@ -249,9 +255,7 @@ class Lane:
         sample = http.build_request("GET", str(self._origin), headers=self._headers)
         self._entries = sample.headers._list
         self._drawn = None
-        self._is_plain = sample.headers._encoding is None and sample.headers.keys().isdisjoint(
-            ("content-type", "content-length", "cookie")
-        )
+        self._is_plain = sample.headers._encoding is None and sample.headers.keys().isdisjoint(OWN_NAMES)
 
     # Attempts
 

@@ -18,7 +18,14 @@ import anyio
 import attrs
 import httpx
 
-from ._errors import APIStatusError, AttemptInfo, ConfigurationError, RequestInfo
+from ._errors import (
+    APIStatusError,
+    AttemptInfo,
+    ConfigurationError,
+    MalformedResponseError,
+    RequestInfo,
+    ResponseDecodeError,
+)
 from ._exchange import ExchangeRecord, is_replayable
 from ._failures import FREE, NEVER, RATE_LIMITED, Failure, classify_failure, is_safe_to_repeat
 from ._telemetry import AttemptFinished, Observer, RetryScheduled, hears_all, notify
@@ -276,6 +283,12 @@ class RetryMiddleware:
                 decision = self._judge(exc, request, record, earlier)
                 if not decision.retry:
                     raise
+            except (MalformedResponseError, ResponseDecodeError) as exc:
+                if exc is not record.source_error:  # it came, and would come again as it is
+                    safe = is_safe_to_repeat(request.method, record, headers=request.headers)
+                    record.maybe_processed = record.maybe_processed or not safe
+                    self._note(request, record, type(exc).__name__, None, None)
+                raise
             else:
                 if response.status_code < 400:
                     self.succeed(request, record, response.status_code)

@@ -25,6 +25,7 @@ from layer_async import (
     ClientClosedError,
     ConfigurationError,
     DeadlineExceededError,
+    LayerError,
     MalformedResponseError,
     NotFoundError,
     RetryPolicy,
@@ -417,3 +418,34 @@ async def test_a_deadline_that_passes_in_the_queue_says_so() -> None:
     assert caught.value.phase == "queue"
     assert not caught.value.maybe_processed
     assert not server.record.requests
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+@pytest.mark.parametrize("way", ["verb", "stream", "cut", "codings", "redirect"])
+async def test_an_answer_that_cannot_be_used_says_that_the_server_may_have_acted(method: str, way: str) -> None:
+    codings = ", ".join(["gzip"] * 6)
+    with FaultServer() as server:
+        server.behaviours["created"] = lambda ex: ex.respond(
+            b"x" * 999, status="201 Created", headers=f"Content-Encoding: {codings}\r\n" if way == "codings" else ""
+        )
+        server.behaviours["moved"] = lambda ex: ex.respond(status="303 See Other", headers="Location: /ok/1\r\n")
+        async with make(server) as client:
+
+            async def call() -> None:
+                if way == "redirect":
+                    await client.request(method, "/moved/1", json={}, into=dict)
+                elif way == "codings":
+                    await client.request(method, "/created/1", json={})
+                elif way == "verb":
+                    await client.request(method, "/created/1", json={}, max_response_bytes=10)
+                else:
+                    path, limit = ("/created/1", 10) if way == "stream" else ("/truncate-length/1", 10**6)
+                    async with client.stream(method, path, json={}, max_response_bytes=limit) as response:
+                        await response.aread()
+
+            with pytest.raises(LayerError) as caught:
+                await call()
+            assert client.pool.stats.in_use == 0
+    assert caught.value.maybe_processed is (method == "POST")
+    assert len(caught.value.attempts) == 1
+    assert caught.value.attempts[0].elapsed > 0

@@ -35,6 +35,7 @@ from layer_async import (
 )
 from layer_async import _lean as lean
 from layer_async._seams import Seam
+from layer_async._wire import WireConnection
 
 from .faultserver import Exchange, FaultServer
 
@@ -270,6 +271,30 @@ async def test_a_cookie_or_header_or_parameter_that_was_set_on_the_client_inside
     assert two.headers["x-late"] == "late"
     assert three.target.endswith("/ok/3?q=1")
     assert four.headers["cookie"] == "c=1"
+
+
+async def test_a_cookie_that_is_put_in_between_is_sent_and_a_token_is_not() -> None:
+    heads: list[bytes] = []
+    with FaultServer() as server:
+        async with make(server, middleware=[]) as client:
+            await client.get("/ok/1")
+            client.http.cookies.set("c", "1")
+            await client.get("/ok/2")
+            client.http.cookies.clear()
+            client.http.headers["Token1"] = "another"
+            original = WireConnection._headed
+
+            def spy(self: Any, method: bytes, target: bytes, headers: Any) -> Any:
+                heads.extend(value for name, value in headers if name.lower() == b"token1")
+                return original(self, method, target, headers)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(WireConnection, "_headed", spy)
+                await client.get("/ok/3")
+    _, two, three = server.record.requests
+    assert two.headers["cookie"] == "c=1"
+    assert three.headers["token1"] == PAIR.token1
+    assert b"another" not in heads
 
 
 async def test_views_send_their_own_headers() -> None:

@@ -31,6 +31,8 @@ from layer_async._errors import (
     AuthenticationError,
     ConfigurationError,
     DeadlineExceededError,
+    LayerError,
+    MalformedResponseError,
     RateLimitError,
     RequestInfo,
     ResponseDecodeError,
@@ -546,7 +548,6 @@ class Foreign(BaseException):
         httpx.StreamConsumed(),
         DeadlineExceededError("gate", phase="gate"),
         ConfigurationError("yours"),
-        ResponseDecodeError("not what `into` says"),
         ZeroDivisionError(),
         Foreign(),
     ],
@@ -561,6 +562,20 @@ async def test_any_other_exception_passes_untouched(error: BaseException) -> Non
     assert script.calls == 1
     assert ExchangeRecord.of(request).attempts == []
     assert bench.events == []
+
+
+@pytest.mark.parametrize("error", [ResponseDecodeError("not what `into` says"), MalformedResponseError("too large")])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_an_answer_that_is_of_no_use_is_noted_and_not_asked_for_again(error: LayerError, method: str) -> None:
+    request, script = httpx.Request(method, URL), Script(error)
+    bench = Bench()
+    with pytest.raises(type(error)) as caught:
+        await bench.send(request, script)
+    assert caught.value is error
+    assert script.calls == 1
+    record = ExchangeRecord.of(request)
+    assert [attempt.outcome for attempt in record.attempts] == [type(error).__name__]
+    assert record.maybe_processed is (method == "POST")
 
 
 # What the client's `classify` raises is retried as its class is
