@@ -37,6 +37,7 @@ from ._exchange import EXTENSION, ExchangeRecord, is_replayable
 from ._origin import MaskedHeaders, Origin, carries_tokens, strip_tokens
 from ._tokens import HeaderEntry, TokenPair, TokenSource, tokens_flaw
 
+_pause = anyio.sleep
 SETBACK_SECONDS = 1.0  # so long is a source left alone that raised or had nothing new
 PROBE_SECONDS = 30.0  # so often is one call let through an open circuit
 SOURCE_THREADS = 4
@@ -240,15 +241,18 @@ class DualTokenAuth(httpx.Auth):
 
     Works with any `httpx.AsyncClient(auth=…)`. `tokens` is a `TokenPair`, or a callable that returns one (or an
     awaitable of one); a plain callable is called in a worker thread. A 401 makes one caller ask the source for all who
-    wait; each then tries once more, if there is a newer pair and its body can be sent again. What the source raises,
-    they all raise, each a copy where there can be one; it is asked again after 1 s at the earliest. `origin` is a URL,
+    wait; each then tries once more, if there is a newer pair and its body can be sent again. A source that gives the
+    refused pair once more may be behind: it is asked again 1 s later, if the scopes around the caller last so long.
+    What the source raises, they all raise, each a copy where there can be one; it is asked again after 1 s at the
+    earliest. `origin` is a URL,
     read by `Origin.parse` with `allow_http`. `on_refresh` is called with each new generation and must not raise;
     `clock` gives monotonic seconds.
 
     Raises `ConfigurationError` at construction for a wrong `tokens` or `origin`; in a flow for a source that gives
     something else than a `TokenPair` or calls the client that it serves; `AuthenticationError` in a flow, before
     anything is sent, once two fresh pairs in a row, or one pair on two different paths, were refused with no success
-    between. From then one call is let through every 30 s, until one succeeds or there is a newer pair.
+    between. From then one call is let through every 30 s, until one succeeds or there is a newer pair; a source that had
+    none is asked each second that somebody calls.
     """
 
     def __init__(
@@ -332,7 +336,8 @@ class DualTokenAuth(httpx.Auth):
         """The same, where the source has to be asked, or the circuit is open. See the class for what is raised."""
         if _asking.get():
             self._refuse_own_source(request)
-        if self._issue.pair is None:
+        is_behind = self._source is not None and len(self._circuit.paths) >= 2
+        if self._issue.pair is None or (is_behind and self._setback_left() <= 0):
             await self._renew(request)
         turn = Turn()
         turn.is_probe = self._circuit.error is not None and self._enter_open_circuit(request)
@@ -400,6 +405,8 @@ class DualTokenAuth(httpx.Auth):
         may_ask = not turn.is_second and (turn.is_probe or self._circuit.error is None)
         if issue is self._issue and may_ask and self._source is not None:
             await self._renew(response.request)
+            if issue is self._issue and self._sits_out_setback():  # it may be behind: a cache, a secret being mounted
+                await self._renew(response.request, sits_out=True)
         if issue is not self._issue:
             return self._circuit.error is None
         if self._circuit.meet_final_refusal(response.request.url.path):
@@ -431,15 +438,29 @@ class DualTokenAuth(httpx.Auth):
                 request=info,
             )
 
-    async def _renew(self, request: httpx.Request) -> None:
-        """Wait until the source has been asked for what comes after the current pair, holding no slot meanwhile."""
+    def _setback_left(self) -> float:
+        """For how many seconds the source is not asked again."""
+        return 0.0 if self._setback is None else self._setback.until - self._clock()
+
+    def _sits_out_setback(self) -> bool:
+        """Whether there is time to ask the source once more."""
+        return anyio.current_time() + self._setback_left() < anyio.current_effective_deadline()
+
+    async def _renew(self, request: httpx.Request, *, sits_out: bool = False) -> None:
+        """Wait until the source has been asked for what comes after the current pair, holding no slot meanwhile.
+
+        `sits_out`: where it has just been asked, not before it may be asked again.
+        """
         record = request.extensions.get(EXTENSION)
         if not isinstance(record, ExchangeRecord):
-            await self._join_flight()
-            return
+            record = ExchangeRecord()
         phase, record.phase = record.phase, "refresh"
         record.release_slot()
         try:
+            if sits_out and (setback := self._setback) is not None:
+                await _pause(self._setback_left())
+                if self._setback is setback:
+                    self._setback = None
             await self._join_flight()
         except Exception as error:  # whatever a source may raise
             record.source_error = error

@@ -26,6 +26,7 @@ import pytest
 import respx
 
 from layer_async import AsyncLayerClient
+from layer_async import _auth as auth_room
 from layer_async._auth import DualTokenAuth, _Circuit
 from layer_async._errors import (
     APIConnectionError,
@@ -98,6 +99,16 @@ class Source:
         if isinstance(answer, Exception):
             raise answer
         return pair(answer)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second is sat out."""
+
+    async def pause(_: float) -> None:
+        await anyio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(auth_room, "_pause", pause)
 
 
 class Clock:
@@ -466,12 +477,12 @@ async def test_the_same_pair_again_is_no_newer_pair() -> None:
     auth = make_auth(source, clock=clock, on_refresh=refreshed.append)
     async with server.client(auth) as client:
         assert (await client.get("/x")).status_code == 401
-        assert (source.asked, len(server.seen), auth.generation) == (2, 1, 1)
+        assert (source.asked, len(server.seen), auth.generation) == (3, 1, 1)  # once more a second later
         assert (await client.get("/x")).status_code == 401
-        assert (source.asked, len(server.seen)) == (2, 2)  # within a second the source is not asked again
+        assert (source.asked, len(server.seen)) == (4, 2)  # within a second the source is not asked again
         clock.now += 1.0
         assert (await client.get("/x")).status_code == 401
-        assert (source.asked, len(server.seen)) == (3, 3)
+        assert (source.asked, len(server.seen)) == (6, 3)
     assert refreshed == [1]
 
 
@@ -1469,11 +1480,11 @@ async def test_a_call_under_way_asks_no_source_once_the_circuit_is_open() -> Non
         group.start_soon(late)
         await settle()
         assert (await client.get("/y")).status_code == 401
-        assert source.asked == 3
+        assert source.asked == 4
         clock.now += 2
         server.told.set()
     assert statuses == [401]
-    assert source.asked == 3
+    assert source.asked == 4
 
 
 @pytest.mark.anyio
@@ -1487,7 +1498,32 @@ async def test_a_source_that_keeps_giving_the_refused_pair_opens_the_circuit_by_
         assert (await client.get("/b")).status_code == 401
         with pytest.raises(AuthenticationError):
             await client.get("/c")
-    assert (source.asked, len(server.seen)) == (4, 3)
+    assert (source.asked, len(server.seen)) == (7, 3)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("crowd", [1, 20])
+async def test_a_source_that_is_a_little_behind_is_waited_for(crowd: int) -> None:
+    server, source = Server(2), Source(1, 1, 2)
+    async with server.client(make_auth(source, clock=Clock())) as client, anyio.create_task_group() as group:
+        statuses: list[int] = []
+
+        async def call(index: int) -> None:
+            statuses.append((await client.get(f"/{index}")).status_code)
+
+        for index in range(crowd):
+            group.start_soon(call, index)
+    assert statuses == [200] * crowd
+    assert source.asked == 3
+
+
+@pytest.mark.anyio
+async def test_a_source_that_is_behind_is_not_waited_for_beyond_the_deadline() -> None:
+    server, source = Server(2), Source(1, 1, 2)
+    async with server.client(make_auth(source)) as client:
+        with anyio.fail_after(0.5):
+            assert (await client.get("/x")).status_code == 401
+    assert source.asked == 2
 
 
 @pytest.mark.anyio
@@ -1586,20 +1622,20 @@ async def test_a_cancelled_probe_leaves_the_circuit_able_to_close() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_probe_asks_the_source_and_a_newer_pair_closes_the_circuit() -> None:
+async def test_an_open_circuit_asks_the_source_each_second_and_a_newer_pair_closes_it() -> None:
     server, source, clock = Server(), Source(1), Clock()
     async with server.client(make_auth(source, clock=clock)) as client:
         await open_circuit(client)
         asked = source.asked
         clock.now += 30
         assert (await client.get("/x")).status_code == 401  # the same pair still
-        assert source.asked == asked + 1
+        assert source.asked == asked + 2
         source.answers = [2]
         server.valid = {2}
         with pytest.raises(AuthenticationError):
             await client.get("/x")
-        assert source.asked == asked + 1
-        clock.now += 30
+        assert source.asked == asked + 2
+        clock.now += 1  # no probe yet
         assert (await client.get("/x")).status_code == 200
         assert (await client.get("/y")).status_code == 200
 
