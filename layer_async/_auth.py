@@ -251,8 +251,8 @@ class DualTokenAuth(httpx.Auth):
     Raises `ConfigurationError` at construction for a wrong `tokens` or `origin`; in a flow for a source that gives
     something else than a `TokenPair` or calls the client that it serves; `AuthenticationError` in a flow, before
     anything is sent, once two fresh pairs in a row, or one pair on two different paths, were refused with no success
-    between. From then one call is let through every 30 s, until one succeeds or there is a newer pair; a source that had
-    none is asked each second that somebody calls.
+    between. From then one call is let through every 30 s, until one succeeds or there is a newer pair; a source that
+    had none is asked each second that somebody calls.
     """
 
     def __init__(

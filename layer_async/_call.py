@@ -606,11 +606,12 @@ class Call:
         target = response.next_request
         where = "nowhere" if target is None else str(Origin.of_url(target.url))
         error = status_error(response, response.content, secrets=secrets)
-        message = (
-            f"{code}: a redirect to {where} that was not followed, so there is no document to read. "
-            "follow_redirects=True follows those that stay at the client's own origin."
+        advice = f"follow_redirects=True follows those that stay at the client's own origin, {MAX_REDIRECTS} in a row."
+        if self.corridor.follow_redirects:
+            advice = f"Followed are those that stay at the client's own origin, {MAX_REDIRECTS} in a row."
+        error.args = (
+            f"{code}: a redirect to {where} that was not followed, so there is no document to read. {advice}",
         )
-        error.args = (message,)
         error.maybe_processed = not self._is_safe()
         return error
 

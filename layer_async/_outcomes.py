@@ -57,6 +57,13 @@ class SettledKeys(Protocol):
         """The loop body that received the outcome has ended."""
 
 
+def _without_query(value: object) -> str:
+    """The repr of an item or a key, which is mostly a path: its query may hold what no log should."""
+    if isinstance(value, str) and "?" in value:
+        return repr(f"{value.partition('?')[0]}?...")
+    return repr(value)
+
+
 @attrs.frozen
 class Outcome(Generic[K, V, T]):
     """What became of one item.
@@ -66,8 +73,8 @@ class Outcome(Generic[K, V, T]):
     wire (None where the call does not tell), `elapsed` how many seconds it took, with all its waits.
     """
 
-    item: T
-    key: K
+    item: T = attrs.field(repr=_without_query)
+    key: K = attrs.field(repr=_without_query)
     value: V | None
     error: Exception | None
     attempts: int | None

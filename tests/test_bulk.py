@@ -330,6 +330,12 @@ async def test_outcomes_are_frozen_and_can_be_pickled_and_copied() -> None:
     assert repr(outcome).startswith("Outcome(item=1, key=1, value=None, error=NotFoundError")
 
 
+def test_the_query_of_a_path_is_not_in_the_repr_of_its_outcome() -> None:
+    path = "/x?token=5ecret"
+    outcome: Outcome[str, None, str] = Outcome(path, path, None, None, 1, 0.0)
+    assert repr(outcome) == "Outcome(item='/x?...', key='/x?...', value=None, error=None, attempts=1, elapsed=0.0)"
+
+
 async def test_elapsed_is_the_time_of_the_call_in_seconds_on_the_loops_own_clock() -> None:
     async def call(number: int) -> float:
         began = anyio.current_time()

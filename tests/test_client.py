@@ -674,6 +674,8 @@ async def test_follow_redirects_stays_at_the_origin(router: respx.MockRouter) ->
         assert sent(router).headers["Token1"] == TOKEN1
         assert (await client.get("/api/out")).status_code == 302
         assert (await client.get("/api/loop")).status_code == 302
+        with pytest.raises(APIStatusError, match=r"Followed are those that stay .* 20 in a row"):
+            await client.get("/api/loop", into=dict)
         await client.post("/api/p", json={"a": 1})
         assert json.loads(sent(router).content) == {"a": 1}
 
