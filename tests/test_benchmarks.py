@@ -17,10 +17,11 @@ import attrs
 import msgspec
 import pytest
 
-from benchmarks import race, report, runner, startup
+from benchmarks import micro, race, report, runner, startup
 from benchmarks.document import PATH_ROOM, Document, Template, WrongAnswerError, check
 from benchmarks.origin import ROOT, OriginAddress, running_origin
 from benchmarks.peers import PEERS, Cell, Peer
+from layer_async._retry import Decision
 
 pytestmark = pytest.mark.usefixtures("unmeasured_children")
 
@@ -343,3 +344,32 @@ def test_startup_times_are_printed_and_written(
     (entry,) = json.loads(out.read_bytes())["startup"]
     assert entry["library"] == "httpx"
     assert all(entry[part]["median"] > 0 for part in ("import_ms", "first_construction_ms", "later_construction_ms"))
+
+
+# --- the parts of a call -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_each_part_does_what_it_is_timed_for() -> None:
+    decision, document = micro.policy()(), micro.codec()()
+    assert isinstance(decision, Decision)
+    assert decision.retry
+    assert isinstance(document, Document)
+    assert document.path == "/api/documents/1"
+    parse = micro.parse()
+    assert parse() == parse() == Template.of(micro.SIZE).body(b"/api/documents/1")
+    micro.slot()()
+    micro.auth()()
+
+
+def test_the_parts_are_timed_and_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(micro, "CALLS", 10)
+    monkeypatch.setattr(sys, "argv", ["micro", "--rounds", "1"])
+    micro.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["policy", "codec", "slot", "auth", "parse"]
+    assert all(float(line.split()[1]) > 0 for line in printed)
+    monkeypatch.setattr(sys, "argv", ["micro", "--rounds", "0"])
+    with pytest.raises(SystemExit):
+        micro.main()
