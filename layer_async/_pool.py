@@ -280,11 +280,11 @@ class ConnectionPool:
         return connection
 
     def _reuse(self, route: Route) -> Connection | None:
-        self._expire()
+        # The others that have been idle for too long are closed when this one comes back.
         while (connections := self._idle_by_route.get(route)) is not None:
             connection = next(reversed(connections))
-            self._forget(connection)
-            if connection.is_alive():
+            since = self._forget(connection)
+            if (self._expiry is None or self._clock() - since < self._expiry) and connection.is_alive():
                 self._attached += 1
                 self._reused += 1
                 return connection
@@ -313,12 +313,14 @@ class ConnectionPool:
         self._forget(connection)
         self._discard(connection)
 
-    def _forget(self, connection: Connection) -> None:
-        route, _ = self._idle.pop(connection)
+    def _forget(self, connection: Connection) -> float:
+        """Take it off the idle ones; since when it was one."""
+        route, since = self._idle.pop(connection)
         connections = self._idle_by_route[route]
         del connections[connection]
         if not connections:
             del self._idle_by_route[route]
+        return since
 
     def _discard(self, connection: Connection) -> None:
         self._discarded += 1

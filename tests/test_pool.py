@@ -325,6 +325,17 @@ async def test_idle_connections_expire_the_oldest_first_whatever_is_done_next() 
     assert other.closed == 1
 
 
+async def test_all_that_is_too_old_is_closed_before_another_is_opened() -> None:
+    clock = Clock()
+    pool = pool_of(10, expiry=5.0, clock=clock)
+    wires = await kept(pool, "one", "two")
+    clock.now += 5
+    slot = await pool.acquire()
+    slot.take("three", Wire)
+    assert [wire.closed for wire in wires] == [1, 1]
+    assert (pool.stats.open, pool.stats.idle) == (1, 0)
+
+
 async def test_a_connection_that_serves_again_lives_as_long_again() -> None:
     clock = Clock()
     pool = pool_of(10, expiry=5.0, clock=clock)
