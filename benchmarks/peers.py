@@ -299,14 +299,14 @@ OURS = "layer_async:AsyncLayerClient"
 PEERS: dict[str, Peer] = {
     "layer_async": Peer("layer_async, whole call", _layer_async, OURS, ("httpx", "httptools", "msgspec"), often=True),
     "transport-seam": Peer(
-        "the same, a tool at httpx's transport",
+        "layer_async, a tool at httpx's transport",
         _with_a_tool_at("httpx:AsyncHTTPTransport", "handle_async_request"),
         OURS,
         ("httpx",),
         often=True,
     ),
     "client-seam": Peer(
-        "the same, a tool at httpx's client", _with_a_tool_at("httpx:AsyncClient", "send"), OURS, ("httpx",), often=True
+        "layer_async, a tool at httpx's client", _with_a_tool_at("httpx:AsyncClient", "send"), OURS, ("httpx",), often=True
     ),
     "LayerTransport": Peer("httpx over LayerTransport", _layer_transport, "layer_async:LayerTransport", ("httpx",)),
     "httpx": Peer("httpx, default limits", _httpx, "httpx", ("httpx", "httpcore")),
