@@ -306,7 +306,11 @@ PEERS: dict[str, Peer] = {
         often=True,
     ),
     "client-seam": Peer(
-        "layer_async, a tool at httpx's client", _with_a_tool_at("httpx:AsyncClient", "send"), OURS, ("httpx",), often=True
+        "layer_async, a tool at httpx's client",
+        _with_a_tool_at("httpx:AsyncClient", "send"),
+        OURS,
+        ("httpx",),
+        often=True,
     ),
     "LayerTransport": Peer("httpx over LayerTransport", _layer_transport, "layer_async:LayerTransport", ("httpx",)),
     "httpx": Peer("httpx, default limits", _httpx, "httpx", ("httpx", "httpcore")),

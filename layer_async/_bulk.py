@@ -648,6 +648,8 @@ class Bulk(Generic[K, V, T]):
             self._end(error)
             return None
         except Exception as error:  # a failed item is an outcome, whatever the user's call raises
+            if error.__traceback__ is not None:  # it begins at the call: this frame shows the item
+                error.__traceback__ = error.__traceback__.tb_next
             return Outcome(item, key, None, error, record.attempts, anyio.current_time() - began)
         except anyio.get_cancelled_exc_class() as error:
             if _is_cancelled(error):
@@ -775,6 +777,7 @@ async def run_all(
     numbers = itertools.count()
     values: dict[int, Result] = {}
     bulk = Bulk(items, call, key=lambda _: next(numbers), workers=workers, outage_timeout=None)
+    del items  # they are paths, mostly, with their queries
     async with bulk as outcomes:
         bulk._hand_over.at_once = True
         bulk._is_patient = False  # its caller waits for all of it, within the deadline of each call

@@ -481,7 +481,9 @@ class AsyncLayerClient:
 
         The first failure cancels the rest and is raised as itself. For many items, or where some may fail, use `bulk`.
         """
-        return await run_all(paths, self._item_call(None, into), workers=self._worker_count(workers))
+        pending = run_all(paths, self._item_call(None, into), workers=self._worker_count(workers))
+        del paths
+        return await pending
 
     def _item_call(self, call: Callable[[Any], Awaitable[Any]] | None, into: Any) -> Callable[[Any], Awaitable[Any]]:
         if call is not None:
@@ -494,7 +496,9 @@ class AsyncLayerClient:
             check_into(into)
 
         async def fetch(path: str) -> Any:
-            return await self.get(path, into=into)
+            given = Quiet(path=path)
+            del path
+            return await self._corridor.begin("GET", given, into=into).run()
 
         return fetch
 

@@ -13,7 +13,7 @@ import httpx
 import msgspec
 import pytest
 
-from layer_async import AsyncLayerClient, LayerError, RetryPolicy, TokenPair
+from layer_async import AsyncLayerClient, LayerError, NotFoundError, RetryPolicy, TokenPair
 from layer_async._exchange import ExchangeRecord
 
 from .faultserver import Exchange, FaultServer
@@ -172,3 +172,25 @@ async def test_a_request_of_a_call_is_shown_without_its_query() -> None:
     assert seen[0].url.params["q"] == QUERY
     assert QUERY not in repr(ExchangeRecord.of(seen[0]))
     assert isinstance(pickle.loads(pickle.dumps(httpx.Request("GET", seen[0].url))), httpx.Request)
+
+
+@pytest.mark.parametrize("way", ["bulk", "fetch_all", "own call"])
+async def test_the_frames_of_a_failed_item_hold_no_secret(way: str) -> None:
+    path = f"/status/404?q={QUERY}"
+    with FaultServer() as server:
+        async with AsyncLayerClient(token1=ONE, token2=TWO, base_url=server.url, headers={"X-Own": HEADER}) as client:
+
+            async def call(number: int) -> None:
+                await client.get(path)
+
+            async def fail() -> None:
+                if way == "fetch_all":
+                    await client.fetch_all([path])
+                bulk: Any = client.bulk([path]) if way == "bulk" else client.bulk([1], call)
+                async with bulk as outcomes:
+                    async for outcome in outcomes:
+                        outcome.unwrap()
+
+            with pytest.raises(NotFoundError) as caught:
+                await fail()
+    assert "5ecret" not in shown(caught.value)
