@@ -648,8 +648,7 @@ class Bulk(Generic[K, V, T]):
             self._end(error)
             return None
         except Exception as error:  # a failed item is an outcome, whatever the user's call raises
-            if error.__traceback__ is not None:  # it begins at the call: this frame shows the item
-                error.__traceback__ = error.__traceback__.tb_next
+            error.__traceback__ = cast(TracebackType, error.__traceback__).tb_next  # this frame shows the item
             return Outcome(item, key, None, error, record.attempts, anyio.current_time() - began)
         except anyio.get_cancelled_exc_class() as error:
             if _is_cancelled(error):

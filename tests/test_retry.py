@@ -38,7 +38,7 @@ from layer_async._errors import (
     ResponseDecodeError,
     ServerError,
 )
-from layer_async._exchange import ExchangeRecord
+from layer_async._exchange import EXTENSION, ExchangeRecord
 from layer_async._retry import CallNext, RetryBudget, RetryMiddleware, RetryPolicy
 from layer_async._telemetry import AttemptFinished, Event, RetryScheduled
 
@@ -576,6 +576,17 @@ async def test_an_answer_that_is_of_no_use_is_noted_and_not_asked_for_again(erro
     record = ExchangeRecord.of(request)
     assert [attempt.outcome for attempt in record.attempts] == [type(error).__name__]
     assert record.maybe_processed is (method == "POST")
+
+
+async def test_what_the_source_of_the_tokens_raised_is_no_attempt_whatever_its_class() -> None:
+    error = MalformedResponseError("of the vault's answer")
+    request, script = get("POST"), Script(error)
+    request.extensions[EXTENSION] = record = ExchangeRecord(source_error=error)
+    bench = Bench()
+    with pytest.raises(MalformedResponseError):
+        await bench.send(request, script)
+    assert record.attempts == []
+    assert not record.maybe_processed
 
 
 # What the client's `classify` raises is retried as its class is
