@@ -457,11 +457,13 @@ class DualTokenAuth(httpx.Auth):
         phase, record.phase = record.phase, "refresh"
         record.release_slot()
         try:
+            generation = self.generation
             if sits_out and (setback := self._setback) is not None:
                 await _pause(self._setback_left())
                 if self._setback is setback:
                     self._setback = None
-            await self._join_flight()
+            # Somebody may have been faster.
+            await (self._join_flight() if generation == self.generation else anyio.lowlevel.checkpoint())
         except Exception as error:  # whatever a source may raise
             record.source_error = error
             raise
