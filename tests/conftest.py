@@ -57,14 +57,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the promises at their full figures")
 
 
-@pytest.fixture(scope="module")
-def unmeasured_children() -> Iterator[None]:
-    """No coverage of the processes that a module starts: it costs each 0.2 s, and is not needed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-        yield
-
-
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether the promises run at their full figures."""

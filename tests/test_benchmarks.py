@@ -23,8 +23,6 @@ from benchmarks.origin import ROOT, OriginAddress, running_origin
 from benchmarks.peers import PEERS, Cell, Peer
 from layer_async._retry import Decision
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
-
 SETTINGS = report.Settings(
     rounds=3, concurrency=(1, 10), connections=None, tls=True, size=2048, latency=0.0, seconds=1.0, time_limit=60.0
 )

@@ -667,6 +667,25 @@ class HalfRead:
     share: float | None = 0.5
 
 
+def test_how_much_of_the_input_was_read_is_known_of_a_file_and_of_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "paths").write_text("/a\n/b\n")
+
+    async def shares(file: io.FileIO) -> list[float | None]:
+        lines = files.Lines("paths", file, lambda line, _: line)
+        found = [lines.share]
+        async for _ in lines.read():
+            found.append(lines.share)
+        return found
+
+    with open(tmp_path / "paths", "rb", buffering=0) as file:
+        assert anyio.run(shares, file) == [0.0, 0.5, 1.0]
+    reading, writing = os.pipe()
+    os.write(writing, b"/a\n")
+    os.close(writing)
+    with open(reading, "rb", buffering=0) as file:
+        assert anyio.run(shares, file) == [None, None]
+
+
 def test_a_live_line_tells_the_rate_and_what_is_left() -> None:
     def live(lines: Any, *, pace: float | None = None, **values: Any) -> str:
         known = {"done": 0, "failed": 0, "skipped": 0, "held": 0, "rate": 0.0, "eta": None, "total": None}

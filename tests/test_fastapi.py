@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -343,11 +343,11 @@ async def test_an_error_on_a_closed_websocket_is_logged_and_no_more(
     assert "/live: too late" in caplog.text
 
 
-def test_without_fastapi_the_import_says_what_to_install() -> None:
-    code = "import sys; sys.modules['fastapi'] = None; import layer_async.fastapi"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.returncode == 1
-    assert process.stderr.strip().endswith(
-        "ImportError: this module needs FastAPI: "
-        "pip install 'layer-async[fastapi]' (in a checkout: pip install '.[fastapi]')"
+def test_without_fastapi_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "layer_async.fastapi")
+    with pytest.raises(ImportError) as caught:
+        importlib.import_module("layer_async.fastapi")
+    assert str(caught.value) == (
+        "this module needs FastAPI: pip install 'layer-async[fastapi]' (in a checkout: pip install '.[fastapi]')"
     )

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import http.client
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -969,6 +971,30 @@ def test_run_needs_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- a process of its own
+
+
+def test_the_child_serves_what_it_was_ordered_until_its_standard_input_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    answers: list[Any] = []
+
+    class Output(io.StringIO):
+        def flush(self) -> None:
+            url = self.getvalue().strip()
+
+            def ask() -> None:
+                answers.append(httpx.get(f"{url}/api/orders/3", headers=headers_of(("a", "b")), trust_env=False))
+                os.close(writing)
+
+            threading.Thread(target=ask).start()
+
+    order = {"host": "127.0.0.1", "port": 0, "control_key": "key", "seed": 4, "documents": 5, "tokens": ["a", "b"]}
+    order |= {"quota": None, "faults": {}, "rotate_after": None}
+    os.write(writing, json.dumps(order).encode() + b"\n")
+    with open(reading, "rb", buffering=0) as buffer:
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=buffer, fileno=buffer.fileno))
+        monkeypatch.setattr(sys, "stdout", Output())
+        room.main()
+    assert [answer.json() for answer in answers] == [document("orders", 3, seed=4)]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import pytest
 from benchmarks.origin import running_origin
 from layer_async import AsyncLayerClient, AttemptFinished, Bulk, Event, LayerError, TokenPair, _outage
 
-pytestmark = [pytest.mark.anyio, pytest.mark.promise, pytest.mark.usefixtures("unmeasured_children")]
+pytestmark = [pytest.mark.anyio, pytest.mark.promise]
 
 PAIR = TokenPair("outage-token-one-51be", "outage-token-two-08af")
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"

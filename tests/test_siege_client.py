@@ -36,7 +36,7 @@ from layer_async.sandbox import Sandbox, serve
 from .conftest import PromiseRecord
 from .faultserver import FaultServer, client_context
 
-pytestmark = [pytest.mark.anyio, pytest.mark.promise, pytest.mark.usefixtures("unmeasured_children")]
+pytestmark = [pytest.mark.anyio, pytest.mark.promise]
 
 PAIR = TokenPair("siege-token-one-7d1f", "siege-token-two-93ac")
 QUICK = RetryPolicy(backoff_initial=0.001, backoff_max=0.001)

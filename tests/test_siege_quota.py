@@ -19,7 +19,7 @@ from layer_async import AsyncLayerClient, Event
 from layer_async._telemetry import AttemptFinished
 from layer_async.sandbox import Quota, spawn
 
-pytestmark = [pytest.mark.promise, pytest.mark.anyio, pytest.mark.usefixtures("unmeasured_children")]
+pytestmark = [pytest.mark.promise, pytest.mark.anyio]
 
 RATE, WORKERS = 100, 50
 

@@ -32,7 +32,7 @@ from .conftest import PromiseRecord
 from .faultserver import BEFORE_THE_BODY, CHUNKED, STRAY, Exchange, FaultServer, client_context
 from .test_siege_pool import no_collector, open_sockets, run_out
 
-pytestmark = [pytest.mark.anyio, pytest.mark.promise, pytest.mark.usefixtures("unmeasured_children")]
+pytestmark = [pytest.mark.anyio, pytest.mark.promise]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sockets and memory are counted in /proc")
 both_kinds = pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 

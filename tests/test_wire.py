@@ -364,6 +364,27 @@ async def test_a_refusal_in_the_middle_of_an_upload_is_delivered_at_once(
     assert 0 < (record.bytes_written or 0) < 64_000_000
 
 
+async def test_a_refusal_wakes_an_upload_that_waits_for_the_server_to_take_more(server: FaultServer) -> None:
+    is_stuck = threading.Event()
+
+    def refuse(ex: Exchange) -> None:
+        is_stuck.wait(10)
+        ex.respond(b"no", status="413 Content Too Large")
+        ex.server.stopped.wait(10)
+
+    server.behaviours["refuse-early"] = refuse
+    with connection_to(server) as connection, anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+
+            async def watch() -> None:
+                await until(lambda: connection._waiter is not None and connection._wants == _wire.DRAINED)
+                is_stuck.set()
+
+            group.start_soon(watch)
+            answer = await exchange(connection, "/refuse-early", method="PUT", body=b"x" * 64_000_000)
+        assert (answer.status, answer.body) == (413, b"no")
+
+
 @pytest.mark.parametrize("make", [lambda: b"x" * 6_400_000, lambda: first(100)])
 async def test_a_success_that_begins_early_does_not_end_an_upload(server: FaultServer, make: Callable[[], Any]) -> None:
     with connection_to(server) as connection:
