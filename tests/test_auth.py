@@ -1518,6 +1518,35 @@ async def test_a_source_that_is_a_little_behind_is_waited_for(crowd: int) -> Non
 
 
 @pytest.mark.anyio
+async def test_who_has_sat_out_a_setback_asks_no_more_once_somebody_has_the_newer_pair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paused: list[anyio.Event] = []
+
+    async def pause(_: float) -> None:
+        paused.append(anyio.Event())
+        await paused[-1].wait()
+
+    monkeypatch.setattr(auth_room, "_pause", pause)
+    server, source = Server(2), Source(1, 1, 2)
+    statuses: list[int] = []
+    async with server.client(make_auth(source, clock=Clock())) as client, anyio.create_task_group() as group:
+
+        async def call(path: str) -> None:
+            statuses.append((await client.get(path)).status_code)
+
+        group.start_soon(call, "/a")
+        group.start_soon(call, "/b")
+        await settle()
+        assert (len(paused), source.asked) == (2, 2)
+        paused[0].set()
+        await settle()
+        assert (statuses, source.asked) == ([200], 3)
+        paused[1].set()
+    assert (statuses, source.asked) == ([200, 200], 3)
+
+
+@pytest.mark.anyio
 async def test_a_source_that_is_behind_is_not_waited_for_beyond_the_deadline() -> None:
     server, source = Server(2), Source(1, 1, 2)
     async with server.client(make_auth(source)) as client:
