@@ -1,10 +1,13 @@
 """One call, top to bottom: the corridor that joins the other rooms, each step knowing only the next.
 
-    run          open the deadline scope, make the error tree, tell the observer
-      _value       wait for the first slot; then, where nobody could see a request, the first attempt without one
-        _respond     build the request; the user's middleware
-          RetryMiddleware
-            _attempt   gate, slot, httpx send (DualTokenAuth attaches the tokens), same-origin redirects, read, classify
+    run            make the error tree, tell the observer
+      _unseen        a first attempt without a request, where nobody could see one; if slot and connection are at hand,
+                     it is made at once, else in here:
+      _bounded       open the scope of the deadline
+        _value         wait for the first slot
+          _respond       build the request; the user's middleware
+            RetryMiddleware
+              _attempt     gate, slot, httpx send (DualTokenAuth attaches the tokens), same-origin redirects, read
 
 Rules: a call holds at most one slot, and none while it sleeps, refreshes tokens or waits at the gate; whatever ends a
 call, its slot is free when the call returns, without an await. There is no second path: verbs, stream, bulk and the
@@ -43,7 +46,7 @@ from ._errors import (
     scrub,
     status_error,
 )
-from ._exchange import EXTENSION, ExchangeRecord, QuietRequest, is_replayable, retry_after
+from ._exchange import EXTENSION, DeadlinePassed, ExchangeRecord, QuietRequest, is_replayable, retry_after
 from ._failures import is_safe_to_repeat
 from ._options import (
     CALL_CHECKS,
@@ -64,7 +67,7 @@ MAX_REDIRECTS = 20
 ONE_ATTEMPT = RetryPolicy(attempts=1, rate_limited_attempts=1)
 
 Reader = Callable[[httpx.Response], Any]
-
+MORE: Any = object()  # than the first attempt is needed
 
 PECULIAR = REQUEST_OPTIONS - {"path", "json"}  # what makes a request differ from that of any other call
 
@@ -83,12 +86,12 @@ class Lane(Protocol):
         """A request without anything of its own but a document; None where httpx has to build it."""
         ...
 
-    def draw(self, auth: DualTokenAuth, method: str, document: bytes | None) -> Any:
-        """A turn for an attempt without a request, where that can be made now."""
+    def draw(self, call: Any, auth: DualTokenAuth) -> Any:
+        """An attempt without a request, where that can be made now; it has a `connection`, where one is open."""
         ...
 
-    async def send(self, turn: Any, call: Any) -> Any:
-        """That attempt."""
+    async def send(self, sent: Any, call: Any, deadline: float | None) -> None:
+        """Make that attempt."""
         ...
 
     def answered(
@@ -272,18 +275,18 @@ class Call:
         else:  # a task that was begun for an item, and outlives it, is nobody's
             item = None
         started = time.perf_counter()
-        scope = self.corridor.scopes.after(settings.deadline)
-        record.gate, record.scope = self.corridor.identity.gate, scope
+        record.gate = self.corridor.identity.gate
         error: str | None = None
-        value: Any = None
+        value: Any = MORE
         done = False
-        self.corridor.live.add(scope)
         try:
-            with scope:
-                value = await self._value()
-                done = True
-            if not done:
-                raise self._ended_early()
+            sent = self._at_hand()
+            if sent is not None and sent.connection is not None:
+                # It waits for nothing but its connection, which keeps the deadline: that takes no scope.
+                value, sent = await self._unseen(sent, settings.deadline), None
+            if value is MORE:
+                value = await self._bounded(started, sent)
+            done = True
         except BaseException as exc:
             error = type(exc).__name__
             # What the source of the tokens raised about a request of its own is not about this one.
@@ -293,7 +296,6 @@ class Call:
                 self._blame(item, exc)
             raise
         finally:
-            self.corridor.live.discard(scope)
             if not (done and self.streamed):
                 record.release_slot()
             if item is not None:
@@ -352,21 +354,59 @@ class Call:
 
     # The steps
 
-    async def _value(self) -> Any:
-        """What the call gives. Raises errors of the tree only, but for those of the user's own hooks."""
+    def _at_hand(self) -> Any:
+        """A first attempt without a request, where it has to wait for no slot.
+
+        A middleware needs a request, and may wait for other calls of this client, so that it must not hold a slot: with
+        one, calls build their requests and queue then.
+        """
+        corridor = self.corridor
+        if corridor.middleware or corridor.pool is None or not self._is_admitted(corridor.pool):
+            return None
+        return self._drawn()
+
+    def _drawn(self) -> Any:
+        lane = self.corridor.lane
+        return None if lane is None or not self._is_simple() else lane.draw(self, self.corridor.identity.auth)
+
+    async def _unseen(self, sent: Any, deadline: float | None) -> Any:
+        """What the call gives, if its first attempt, made without a request, ends it; else `MORE`."""
+        lane = self.corridor.lane
+        assert lane is not None
         try:
-            corridor = self.corridor
-            if not corridor.middleware and corridor.pool is not None:
-                # A middleware needs a request, and may wait for other calls of this client, so that it must not hold a
-                # slot: with one, calls build their requests and queue then.
-                if not self._is_admitted(corridor.pool):
-                    await self._admit()
-                if corridor.lane is not None and self._is_simple():
-                    turn = corridor.lane.draw(corridor.identity.auth, self.method, self.document)
-                    if turn is not None:
-                        self.record.sent = sent = await corridor.lane.send(turn, self)
-                        if sent.body(self.settings.max_response_bytes) is not None:
-                            return self._concluded(corridor.lane, sent)
+            await lane.send(sent, self, deadline)
+        except DeadlinePassed:
+            raise self._deadline_exceeded() from None
+        if sent.body(self.settings.max_response_bytes) is not None:
+            return self._concluded(lane, sent)
+        self.record.sent = sent
+        return MORE
+
+    async def _bounded(self, started: float, sent: Any) -> Any:
+        """What the call gives; all that it may wait for is bounded by its deadline, or by the closing of the client."""
+        corridor, seconds = self.corridor, self.settings.deadline
+        if seconds is not None:
+            seconds = max(0.0, seconds + started - time.perf_counter())
+        self.record.scope = scope = corridor.scopes.after(seconds)
+        corridor.live.add(scope)
+        try:
+            with scope:
+                return await self._value(sent)
+        finally:
+            corridor.live.discard(scope)
+        raise self._ended_early()
+
+    async def _value(self, sent: Any) -> Any:
+        """The same, unbounded. Raises errors of the tree only, but for those of the user's own hooks."""
+        record, corridor = self.record, self.corridor
+        try:
+            if record.slot is None and record.sent is None and corridor.pool is not None and not corridor.middleware:
+                await self._admit()
+                sent = self._drawn()
+            if sent is not None:
+                value = await self._unseen(sent, None)
+                if value is not MORE:
+                    return value
             response = await self._respond()
         except (httpx.RequestError, httpx.InvalidURL) as exc:
             if exc is self.record.source_error:
@@ -391,9 +431,8 @@ class Call:
     def _concluded(self, lane: Lane, sent: Any) -> Any:
         """What the call gives whose first attempt was `sent` without a request, and answered with all that there is."""
         record, identity = self.record, self.corridor.identity
-        record.sent = None
         self.status = sent.answer.status
-        if identity.gate is not None:
+        if identity.gate is not None and sent.answer.says_more:
             identity.gate.hear(sent.answer.headers)
         identity.auth.succeed(sent.turn)
         if hears_all(self.corridor.observer):

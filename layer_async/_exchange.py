@@ -52,6 +52,10 @@ class Passable(Protocol):
         ...
 
 
+class DeadlinePassed(Exception):  # noqa: N818 - named after what happens
+    """The call has no time left: the one that no scope bounds is told so by its connection."""
+
+
 class ExchangeRecord:
     """What is known of a call, kept across its attempts.
 

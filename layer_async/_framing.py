@@ -28,7 +28,10 @@ Field = tuple[bytes, bytes]
 
 
 class AnswerHead:
-    """What llhttp found in the head that comes, or came last."""
+    """What llhttp found in the head that comes, or came last.
+
+    `says_more`: a field is there that others than this room look for in each answer, a coding or a limit.
+    """
 
     __slots__ = (
         "begun",
@@ -41,6 +44,7 @@ class AnswerHead:
         "on_body",
         "pieces",
         "reason",
+        "says_more",
         "status",
         "version",
     )
@@ -52,7 +56,7 @@ class AnswerHead:
         self.fields: list[Field] = []
         self.status = 0
         self.version = self.reason = b""
-        self.is_complete = False
+        self.is_complete = self.says_more = False
         self.begun = 0
         self.ends_at = -1  # how many pieces there were when the message ended
         self.length: bytes | None = None
@@ -73,14 +77,19 @@ class AnswerHead:
             return
         value = value.strip(b" \t")
         self.fields.append((name, value))
-        if len(name) in _FRAMING_LENGTHS:
-            lower = name.lower()
-            if lower == b"content-length":
-                self.length = value
-            elif lower == b"transfer-encoding":
-                self.coding = value if self.coding is None else self.coding + b"," + value
-            elif lower == b"connection":
-                self.connection += value.lower() + b","
+        kind = _kinds.get(name)
+        if kind is None:
+            kind = _kind_of(name)
+        if kind == _PLAIN:
+            return
+        if kind == _LENGTH:
+            self.length = value
+        elif kind == _CODING:
+            self.coding = value if self.coding is None else self.coding + b"," + value
+        elif kind == _CONNECTION:
+            self.connection += value.lower() + b","
+        else:
+            self.says_more = True
 
     def on_headers_complete(self) -> None:
         self.is_complete = True
@@ -90,7 +99,17 @@ class AnswerHead:
             self.ends_at = len(self.pieces)
 
 
-_FRAMING_LENGTHS = frozenset(map(len, (b"content-length", b"transfer-encoding", b"connection")))
+_PLAIN, _LENGTH, _CODING, _CONNECTION, _HOST, _MORE = range(6)
+_FRAMING = {b"content-length": _LENGTH, b"transfer-encoding": _CODING, b"connection": _CONNECTION}
+_kinds: dict[bytes, int] = {}  # what fields of answers are, by their names as they were written
+
+
+def _kind_of(name: bytes) -> int:
+    lower = name.lower()
+    kind = _MORE if lower == b"content-encoding" or b"limit" in lower else _FRAMING.get(lower, _PLAIN)
+    if len(_kinds) < 1000:  # names that vary are none to remember
+        _kinds[name] = kind
+    return kind
 
 
 class AnswerReader:
@@ -306,20 +325,14 @@ CHUNKS = -1
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 section 5.6.2
 _VISIBLE = bytes(range(0x21, 0x7F))
 _ALLOWED = bytes([0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0x100)])
-_PLAIN, _LENGTH, _CODING, _CONNECTION, _HOST = range(5)
-_KINDS = {
-    b"content-length": _LENGTH,
-    b"transfer-encoding": _CODING,
-    b"connection": _CONNECTION,
-    b"host": _HOST,
-}
 _names: dict[bytes, tuple[bytes, int]] = {}  # as they are written, and what they mean here
 
 
 def _learned(name: bytes) -> tuple[bytes, int] | None:
     if not _TOKEN.fullmatch(name):
         return None
-    known = name + b": ", _KINDS.get(name.lower(), _PLAIN)
+    lower = name.lower()
+    known = name + b": ", _HOST if lower == b"host" else _FRAMING.get(lower, _PLAIN)
     if len(_names) < 1000:  # names that vary are none to remember
         _names[name] = known
     return known

@@ -27,7 +27,7 @@ from httpx._transports.default import AsyncResponseStream, map_httpcore_exceptio
 from ._auth import DualTokenAuth, Turn
 from ._coding import decode_bounded, read_bounded
 from ._errors import BODY_LIMIT
-from ._exchange import ExchangeRecord, QuietRequest
+from ._exchange import DeadlinePassed, ExchangeRecord, QuietRequest
 from ._origin import LOWER_NAMES, Origin
 from ._seams import Seam, are_untouched
 from ._tokens import HeaderEntry
@@ -68,10 +68,10 @@ class Sent:
 
     __slots__ = ("answer", "connection", "error", "slot", "turn")
 
-    def __init__(self, turn: Turn, slot: Slot) -> None:
+    def __init__(self, turn: Turn, slot: Slot, connection: WireConnection | None) -> None:
         self.turn: Turn = turn
         self.slot: Slot = slot
-        self.connection: WireConnection | None = None
+        self.connection: WireConnection | None = connection
         self.answer: Answer | None = None
         self.error: Exception | None = None
 
@@ -82,9 +82,8 @@ class Sent:
             return None
         if len(answer.body) > AT_ONCE or (limit is not None and len(answer.body) > limit):
             return None
-        for name, _ in answer.headers:
-            if len(name) == 16 and name.lower() == b"content-encoding":
-                return None
+        if answer.says_more and any(name.lower() == b"content-encoding" for name, _ in answer.headers):
+            return None
         return answer.body
 
     def release(self, record: ExchangeRecord) -> None:
@@ -124,8 +123,9 @@ class Lane:
         self._seen: list[HeaderEntry] | None = None
         self._entries: list[HeaderEntry] = []
         self._is_plain = False
-        self._is_known = fits()
+        self._is_known = self._transport is not None and fits()
         self._adapter: PoolAdapter | None = None if self._transport is None else self._transport._pool
+        self._wire_seams = () if self._adapter is None else (TRANSPORT_SEAM, self._adapter.entrance)
         self._fields: tuple[Field, ...] = ()
         self._drawn: object = None  # whose tokens those are
 
@@ -139,41 +139,52 @@ class Lane:
         http = self._http
         hooks = http._event_hooks
         return (
-            are_untouched(CLIENT_SEAMS)
+            self._is_known
+            and are_untouched(CLIENT_SEAMS)
             and http.__dict__.keys().isdisjoint(NAMES)
             and not hooks["request"]
             and not hooks["response"]
             and (*http._mounts.values(),) == self._mounted
             and http._transport is self._default_transport
-            and self._transport is not None
-            and self._is_known
             and not http._no_cookies.jar._cookies  # type: ignore[attr-defined]
             and not _log.isEnabledFor(logging.INFO)
         )
 
     # Attempts without a request: of most calls nobody ever sees one.
 
-    def draw(self, auth: DualTokenAuth, method: str, document: bytes | None) -> Turn | None:
-        """A turn of `auth`, where such an attempt can be made now; `document` is a body of JSON."""
-        if not (self.is_open and self._is_wired(NO_EXTENSIONS) and self._is_simple(method, document)):
+    def draw(self, call: Sendable, auth: DualTokenAuth) -> Sent | None:
+        """Such an attempt of `call`, which holds a slot, where one can be made now; with a connection, if one is open.
+
+        It is to be sent before anybody else has a turn.
+        """
+        if not (self._is_simple(call.method, call.document) and self.is_open and self._is_wired(NO_EXTENSIONS)):
             return None
         turn = auth.begin()
-        if turn is not None:
-            entries = auth.draw(turn)
-            if entries is not self._drawn:
-                self._fields = tuple([(name, value) for name, _, value in (*self._entries, *entries)])
-                self._drawn = entries
-        return turn
+        if turn is None:
+            return None
+        assert self._adapter is not None
+        slot = cast("Slot", call.record.slot)
+        connection = self._adapter.idle(slot, self._scheme, self._host, self._port)
+        entries = auth.draw(turn)
+        if entries is not self._drawn:
+            self._fields = tuple([(name, value) for name, _, value in (*self._entries, *entries)])
+            self._drawn = entries
+        return Sent(turn, slot, connection)
 
-    async def send(self, turn: Turn, call: Sendable) -> Sent:
-        """The first attempt of `call`, which holds a slot. Raises only where no other can follow."""
-        record, adapter = call.record, self._adapter
-        sent = Sent(turn, cast("Slot", record.slot))
-        assert adapter is not None
+    async def send(self, sent: Sent, call: Sendable, deadline: float | None) -> None:
+        """Make the attempt. Raises only where no other can follow: `DeadlinePassed` after `deadline` seconds.
+
+        That is not looked at where a connection has to be opened first.
+        """
+        record, connection = call.record, sent.connection
         try:
-            sent.connection = connection = adapter.wired(
-                sent.slot, record, self._scheme, self._host, self._port, NO_EXTENSIONS
-            )
+            if connection is None:
+                assert self._adapter is not None
+                sent.connection = connection = self._adapter.wired(
+                    sent.slot, record, self._scheme, self._host, self._port, NO_EXTENSIONS
+                )
+            else:
+                record.started = time.perf_counter()
             record.phase = "connect"
             sent.answer = await connection.exchange(
                 call.method.encode("ascii"),
@@ -182,14 +193,14 @@ class Lane:
                 call.document or b"",
                 record,
                 call.settings.phases,
+                deadline,
             )
         except BaseException as exc:
             free(sent.slot, record)
-            raise_if_revoked(sent.slot, exc)
-            if not isinstance(exc, Exception):
+            raise_if_revoked(sent.slot, record, exc)
+            if not isinstance(exc, Exception) or isinstance(exc, DeadlinePassed):
                 raise
             sent.error = exc
-        return sent
 
     def answered(
         self, request: httpx.Request, sent: Sent, record: ExchangeRecord, auth: DualTokenAuth
@@ -213,9 +224,9 @@ class Lane:
         return (
             adapter is not None
             and transport._pool is adapter
-            and TRANSPORT_SEAM.is_untouched()
-            and TRANSPORT_SEAM.name not in transport.__dict__
-            and adapter.is_untouched
+            and "handle_async_request" not in transport.__dict__
+            and "handle_async_request" not in adapter.__dict__
+            and are_untouched(self._wire_seams)
             and adapter.is_wired(self._scheme, extensions)
         )
 
@@ -342,7 +353,7 @@ class Lane:
         except BaseException as exc:
             if slot is not None:
                 free(slot, record)
-                raise_if_revoked(slot, exc)
+                raise_if_revoked(slot, record, exc)
             if not isinstance(exc, Exception):
                 raise
             with request_context(request=request), map_httpcore_exceptions():

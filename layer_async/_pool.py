@@ -102,15 +102,26 @@ class Slot:
 
         `fresh` passes the idle ones over. Raises `ClientClosedError` once the slot is no longer held.
         """
+        connection = None if fresh else self.take_idle(route)
+        if connection is None:
+            pool = self._held()
+            connection = pool._open(connect)
+            self._route, self._connection = route, connection
+        return cast("C", connection)  # a pool holds connections of one kind only
+
+    def take_idle(self, route: Route) -> Connection | None:
+        """The most recently used idle connection of `route` that is alive, if there is one; raises as `take` does."""
+        connection = self._held()._reuse(route)
+        if connection is not None:
+            self._route, self._connection = route, connection
+        return connection
+
+    def _held(self) -> ConnectionPool:
         pool = self._pool
         if pool is None:
             raise ClientClosedError("the connection pool was closed.")
         assert self._connection is None, "a slot serves one attempt"
-        connection = None if fresh else pool._reuse(route)  # a pool holds connections of one kind only
-        if connection is None:
-            connection = pool._open(connect)
-        self._route, self._connection = route, connection
-        return cast("C", connection)
+        return pool
 
     def give_back(self) -> None:
         """The attempt ended cleanly and its connection can serve again: keep that one, and free the slot."""

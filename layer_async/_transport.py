@@ -17,7 +17,7 @@ import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpcore
 import httpx
@@ -150,8 +150,8 @@ class PoolAdapter:
         self._proxy = proxy
         self._proxy_layers = int(proxy is not None and proxy.url.scheme == "https")
         # SOCKS is httpcore's affair.
-        self._entrance = Seam(type(factory), "handle_async_request")
-        self._asyncio_loop: object = None
+        self.entrance: Seam = Seam(type(factory), "handle_async_request")
+        self._asyncio_loop: object = self  # none that runs
         self._can_be_wired = proxy is None or proxy.url.scheme in ("http", "https")
 
     async def __aenter__(self) -> PoolAdapter:
@@ -169,7 +169,7 @@ class PoolAdapter:
 
     async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
         """Send `request` on a slot of the pool, through whatever a tool has put before httpcore's own pool."""
-        if self._entrance.is_untouched():
+        if self.entrance.is_untouched():
             return await self.send(request)
         seam: Any = type(self._factory).handle_async_request
         return await seam(_stand_in(self._factory, self), request)  # type: ignore[no-any-return]
@@ -191,7 +191,7 @@ class PoolAdapter:
                 response.stream = _ResponseStream(response.stream, connection, slot, record)
         except BaseException as exc:
             free(slot, record)
-            raise_if_revoked(slot, exc)
+            raise_if_revoked(slot, record, exc)
             raise
         return response
 
@@ -224,6 +224,10 @@ class PoolAdapter:
 
         return slot.take((self, scheme, host, port, name), connect, fresh=record.fresh)
 
+    def idle(self, slot: Slot, scheme: bytes, host: bytes, port: int) -> WireConnection | None:
+        """The same where that is open already, else None."""
+        return cast("WireConnection | None", slot.take_idle((self, scheme, host, port, None)))
+
     def _portable(
         self, slot: Slot, record: ExchangeRecord, origin: httpcore.Origin, extensions: Mapping[str, Any]
     ) -> PortableConnection:
@@ -239,27 +243,18 @@ class PoolAdapter:
     def is_wired(self, scheme: bytes, extensions: Mapping[str, Any]) -> bool:
         """Whether nothing is lost by a connection of our own making: on asyncio, where no tool looks at httpcore's."""
         return (
-            self._can_be_wired
-            and "asyncio" in sys.modules
-            and scheme in WIRED_SCHEMES
+            scheme in WIRED_SCHEMES
             and "trace" not in extensions
             and are_untouched(STEPPED_OVER)
-            and self._is_on_asyncio()
+            and (self._pool.loop is self._asyncio_loop or self._is_on_asyncio())
         )
 
     def _is_on_asyncio(self) -> bool:
         """Asked once for each event loop: a call has been to the pool by now, which so knows the one that runs."""
-        loop = self._pool.loop
-        if loop is None or loop is not self._asyncio_loop:
-            if not _wire_room().is_on_asyncio():
-                return False
-            self._asyncio_loop = loop
+        if not (self._can_be_wired and "asyncio" in sys.modules and _wire_room().is_on_asyncio()):
+            return False
+        self._asyncio_loop = self._pool.loop
         return True
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether a request may be sent here without asking httpcore's own pool, since no tool has put itself there."""
-        return self._entrance.is_untouched() and "handle_async_request" not in self.__dict__
 
     def _wire(self, scheme: bytes, host: str, port: int, server_name: str | None) -> WireConnection:
         connection: WireConnection = _wire_room().WireConnection(
@@ -307,10 +302,10 @@ def free(slot: Slot, record: ExchangeRecord) -> None:
         record.slot = None
 
 
-def raise_if_revoked(slot: Slot, error: BaseException) -> None:
+def raise_if_revoked(slot: Slot, record: ExchangeRecord, error: BaseException) -> None:
     """A connection error is the closing of the pool, where that took the slot."""
     if slot.is_revoked and isinstance(error, Exception):
-        raise ClientClosedError("the client was closed during the call.") from error
+        raise ClientClosedError(f"the client was closed during the call, in its {record.phase} phase.") from error
 
 
 def _stand_in(factory: Any, adapter: PoolAdapter) -> Any:
@@ -389,7 +384,7 @@ class _ResponseStream:
             raise
         except BaseException as exc:
             free(self._slot, self._record)
-            raise_if_revoked(self._slot, exc)
+            raise_if_revoked(self._slot, self._record, exc)
             raise
         finally:
             self._is_reading = False
@@ -450,7 +445,7 @@ class AnswerStream:
             raise
         except BaseException as exc:
             free(self._slot, self._record)
-            raise_if_revoked(self._slot, exc)
+            raise_if_revoked(self._slot, self._record, exc)
             raise
         return part
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import math
 import os
 import select
 import socket
@@ -26,7 +27,7 @@ import anyio
 import httpcore
 import httpx
 
-from ._exchange import ExchangeRecord
+from ._exchange import DeadlinePassed, ExchangeRecord
 from ._framing import (
     CHUNKS,
     HEAD,
@@ -73,8 +74,9 @@ class Proxy:
 class Answer:
     """The final answer to a request.
 
-    `headers` are as they were sent. `body` is the whole body, undecoded, where it came with the head: then nothing is
-    left to read; else None. Iterating gives the body in either case.
+    `headers` are as they were sent; `says_more`: one of them tells of a coding or a limit. `body` is the whole body,
+    undecoded, where it came with the head: then nothing is left to read; else None. Iterating gives the body in either
+    case.
     """
 
     __slots__ = (
@@ -86,6 +88,7 @@ class Answer:
         "http_version",
         "is_given",
         "reason",
+        "says_more",
         "status",
     )
 
@@ -99,6 +102,7 @@ class Answer:
         self.reason = head.reason
         self.http_version = head.version
         self.headers = head.fields
+        self.says_more = head.says_more
         self.body: bytes | None = None
 
     async def read(self) -> bytes:
@@ -206,6 +210,7 @@ class WireConnection:
         "__weakref__",
         "_block",
         "_context",
+        "_deadline",
         "_dialer",
         "_expires",
         "_failure",
@@ -270,7 +275,7 @@ class WireConnection:
         self._lower: _TLS | None = None  # under it: to the proxy
         self._timer: asyncio.TimerHandle | None = None
         self._timeout: float | None = None
-        self._expires = 0.0
+        self._expires = self._deadline = math.inf
         self._waiter: asyncio.Future[None] | None = None
         self._wants = ANSWER
         self._outbox = b""
@@ -295,13 +300,15 @@ class WireConnection:
         body: bytes | AsyncIterable[bytes],
         record: ExchangeRecord,
         timeout: Mapping[str, float | None],
+        deadline: float | None = None,
     ) -> Answer:
         """Send a request, and return as soon as the head of its final answer is there; `record` is kept.
 
         `timeout` has seconds or None for `connect` (for the address, for CONNECT and for each TLS handshake), `write`
         and `read` (for each wait). An answer that is no success (300 and above) and comes while the body is still going
-        out ends the sending; a success does once the server takes no more. Raises httpcore's errors; then, as when it
-        is cancelled, the connection is closed.
+        out ends the sending; a success does once the server takes no more. Raises httpcore's errors, and
+        `DeadlinePassed` after `deadline` seconds, which only an open connection heeds; then, as when it is cancelled,
+        the connection is closed.
         """
         record.bytes_written = 0
         record.response_started = record.head_received = False
@@ -331,6 +338,7 @@ class WireConnection:
             self._failure = None
             self._wants_close = not keeps_alive
             self._record = record
+            self._deadline = math.inf if deadline is None else self._loop.time() + deadline
             record.phase = "write"
             if not isinstance(body, bytes):
                 self._push(head)
@@ -356,6 +364,7 @@ class WireConnection:
             if reader.stage >= LENGTH:
                 self._on_readable()  # the rest may have come meanwhile
             self._record = None
+            self._deadline = math.inf
             self._has_served = True
             answer = Answer(self, read_timeout)
             if reader.stage == IDLE and self._failure is None:
@@ -719,7 +728,7 @@ class WireConnection:
             return
         self._outbox = self._outbox[sent:]
         self._count(sent)
-        self._expires = self._loop.time() + (self._timeout or 0.0)
+        self._count_anew()
         if not self._outbox:
             self._loop.remove_writer(self._fd)
             self._wake()
@@ -743,17 +752,25 @@ class WireConnection:
         self._timeout = timeout
         loop = self._loop
         self._waiter = waiter = loop.create_future()
-        if timeout is not None:
-            self._expires = expires = loop.time() + timeout
-            timer = self._timer
-            if timer is None or timer.when() > expires:
-                if timer is not None:
-                    timer.cancel()
-                self._timer = loop.call_at(expires, _on_timer, self._ref, context=self._context)
+        expires = self._count_anew()
+        timer = self._timer
+        if expires != math.inf and (timer is None or timer.when() > expires):
+            if timer is not None:
+                timer.cancel()
+            self._timer = loop.call_at(expires, _on_timer, self._ref, context=self._context)
         try:
             await waiter
         finally:
             self._waiter = None
+
+    def _count_anew(self) -> float:
+        """Something has moved: when the wait ends if nothing does from now on."""
+        timeout = self._timeout
+        expires = self._deadline
+        if timeout is not None:
+            expires = min(expires, self._loop.time() + timeout)
+        self._expires = expires
+        return expires
 
     def _wake(self) -> None:
         waiter = self._waiter
@@ -763,10 +780,13 @@ class WireConnection:
     def _on_timer(self) -> None:
         self._timer = None
         waiter, timeout = self._waiter, self._timeout
-        if waiter is None or timeout is None or waiter.done():
+        if waiter is None or waiter.done() or self._expires == math.inf:
             return
-        if self._loop.time() < self._expires:
+        now = self._loop.time()
+        if now < self._expires:
             self._timer = self._loop.call_at(self._expires, _on_timer, self._ref, context=self._context)
+        elif now >= self._deadline:
+            waiter.set_exception(DeadlinePassed())
         elif self._wants == DRAINED:
             waiter.set_exception(httpcore.WriteTimeout(f"the server took nothing for {timeout:g} s"))
         else:
@@ -823,8 +843,8 @@ class WireConnection:
             or (wants == BODY and self._reader.pieces)
         ):
             self._wake()
-        elif self._timeout is not None:
-            self._expires = self._loop.time() + self._timeout
+        else:
+            self._count_anew()
 
     def _decrypt(self, tls: _TLS, data: bytes) -> None:
         lower = self._lower

@@ -31,6 +31,7 @@ from layer_async import (
     RetryPolicy,
     TokenPair,
 )
+from layer_async._deadline import Scopes
 from layer_async._options import Pieces
 from layer_async._pacing import Gate
 
@@ -418,6 +419,92 @@ async def test_a_deadline_that_passes_in_the_queue_says_so() -> None:
     assert caught.value.phase == "queue"
     assert not caught.value.maybe_processed
     assert not server.record.requests
+
+
+def half_a_head(ex: Exchange) -> None:
+    ex.send(b"HTTP/1.1 200 OK\r\nContent-Le")
+    ex.hang()
+
+
+def drops(ex: Exchange) -> None:
+    ex.send(b"HTTP/1.1 200 OK\r\nX: ")
+    while not ex.server.stopped.is_set():
+        ex.send(b"x")
+        ex.pause()
+
+
+def deaf(ex: Exchange) -> None:
+    ex.server.stopped.wait(5)
+
+
+@pytest.mark.parametrize("is_warm", [False, True], ids=["new connection", "open connection"])
+@pytest.mark.parametrize(
+    ("method", "path", "timeout"),
+    [
+        ("POST", "never", None),
+        ("PUT", "never", 5),
+        ("POST", "half-a-head", 5),
+        ("PUT", "drops", 5),
+        ("POST", "stall", 5),
+        ("PUT", "refuse-early", 5),
+        ("POST", "refuse-early", None),
+    ],
+)
+async def test_a_deadline_passes_whatever_the_server_does_and_the_error_tells_what_that_was(
+    method: str, path: str, timeout: float | None, is_warm: bool
+) -> None:
+    """Where the connection is open already it keeps the deadline itself; else a scope does."""
+    is_deaf = path == "refuse-early"
+    document = "x" * (30_000_000 if is_deaf else 1)
+    with FaultServer() as server:
+        server.behaviours |= {"half-a-head": half_a_head, "drops": drops, "refuse-early": deaf}
+        async with make(server, timeout=httpx.Timeout(timeout)) as client:
+            if is_warm:
+                await client.get("/ok/1")
+            with anyio.fail_after(5), pytest.raises(DeadlineExceededError) as caught:
+                await client.request(method, f"/{path}/1", json=document, into=Any, deadline=0.02)
+            assert client.pool.stats.in_use == 0
+            assert (client.pool.stats.opened, client.pool.stats.open) == (1, 0)
+            await client.get("/ok/2")
+    error = caught.value
+    assert error.phase == ("write" if is_deaf else "read")
+    assert f"the deadline of 0.02 s passed in the {error.phase} phase" in str(error)
+    assert error.maybe_processed is (method == "POST")
+    assert error.attempts == ()
+    assert error.__cause__ is None
+    assert [request.target for request in server.record.requests if request.method == method] == [f"/{path}/1"]
+
+
+async def test_the_time_of_an_attempt_without_a_scope_counts_for_what_follows_it(
+    anyio_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt takes half of the call's time, and its retry has what is left."""
+    asked: list[float] = []
+    after = Scopes.after
+
+    def spy(self: Scopes, seconds: Any) -> Any:
+        asked.append(seconds)
+        return after(self, seconds)
+
+    monkeypatch.setattr(Scopes, "after", spy)
+    with FaultServer() as server:
+
+        def slow(ex: Exchange) -> None:
+            for _ in range(5):
+                ex.pause(0.005)
+            ex.respond(status="503 Service Unavailable")
+            server.behaviours["slow"] = Exchange.hang
+
+        server.behaviours["slow"] = slow
+        async with make(server) as client:
+            await client.get("/ok/1")
+            asked.clear()
+            with anyio.fail_after(5), pytest.raises(DeadlineExceededError) as caught:
+                await client.get("/slow/1", into=Any, deadline=0.05)
+    assert [attempt.status_code for attempt in caught.value.attempts] == [503]
+    (seconds,) = asked
+    if anyio_backend == "asyncio":  # on trio a scope bounds the first attempt too
+        assert seconds <= 0.025
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])

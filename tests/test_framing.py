@@ -342,6 +342,36 @@ def test_what_is_no_request_is_refused_and_not_quoted(name: str) -> None:
     assert "s3cret" not in refusal
 
 
+@pytest.mark.parametrize(
+    ("field", "says_more"),
+    [
+        (b"Content-Encoding: gzip", True),
+        (b"CONTENT-encoding: gzip", True),
+        (b"RateLimit: x", True),
+        (b"X-Rate-Limit-Reset: 1", True),
+        (b"Content-Type: limit", False),
+        (b"Host: a", False),
+        (b"Connection: limit", False),
+    ],
+)
+def test_fields_that_others_look_for_in_each_answer_are_noticed(field: bytes, says_more: bool) -> None:
+    for _ in range(2):  # met for the first time, and known
+        reader = AnswerReader()
+        reader.begin(HEAD)
+        reader.feed(OK + b"Content-Length: 0\r\n" + field + b"\r\n\r\n")
+        assert reader.head.says_more is says_more
+        reader.begin(HEAD)
+        assert not reader.head.says_more
+
+
+def test_names_of_answers_that_vary_are_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_framing, "_kinds", {})
+    for number in range(1200):
+        assert read([OK + b"X-%d: 1\r\ncontent-LENGTH: 1\r\n\r\na" % number]).body == b"a"
+    assert len(_framing._kinds) == 1000
+    assert read([OK + b"CONTENT-length: 1\r\n\r\na"]).body == b"a"
+
+
 def test_names_that_vary_are_not_remembered_without_end() -> None:
     before = dict(_framing._names)
     try:

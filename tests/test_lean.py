@@ -57,9 +57,9 @@ def short_way() -> Iterator[list[Any]]:
     taken: list[Any] = []
     send, exchange = lean.Lane.send, lean.Lane.exchange
 
-    async def spy_on_send(self: lean.Lane, turn: Any, call: Any) -> Any:
+    async def spy_on_send(self: lean.Lane, sent: Any, call: Any, deadline: Any) -> None:
         taken.append(call)
-        return await send(self, turn, call)
+        await send(self, sent, call, deadline)
 
     async def spy_on_exchange(self: lean.Lane, request: httpx.Request, record: Any, *args: Any) -> httpx.Response:
         if record.sent is None:

@@ -286,7 +286,9 @@ async def test_no_call_outlives_its_deadline(
     worst = {}
     with FaultServer(tls=tls) as server:
         async with make(server, limits=httpx.Limits(max_connections=10)) as client:
-            worst["idle"] = await _worst_overrun(client, 20, seed)
+            worst["idle"] = max(
+                await _worst_overrun(client, 20, seed), await _worst_overrun(client, 20, seed, is_warm=True)
+            )
             async with anyio.create_task_group() as tasks:
                 for _ in range(waiting):
                     tasks.start_soon(_until_cancelled, client)
@@ -311,11 +313,13 @@ async def _until_cancelled(client: AsyncLayerClient) -> None:
     await client.get("/stall", deadline=None)
 
 
-async def _worst_overrun(client: AsyncLayerClient, calls: int, seed: int) -> float:
+async def _worst_overrun(client: AsyncLayerClient, calls: int, seed: int, *, is_warm: bool = False) -> float:
     worst, dice = -math.inf, random.Random(seed)
 
     async def call(path: str, deadline: float) -> None:
         nonlocal worst
+        if is_warm:  # so that the call finds an open connection
+            await client.get("/ok")
         started = anyio.current_time()
         with suppress(DeadlineExceededError, APIConnectionError):
             await client.get(path, deadline=deadline)

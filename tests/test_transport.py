@@ -327,7 +327,7 @@ async def test_calls_in_flight_and_in_the_queue_fail_with_our_own_error_when_the
         with anyio.fail_after(5):
             await client.aclose()
     assert sorted(errors) == [
-        *["the client was closed during the call."] * 3,
+        *["the client was closed during the call, in its read phase."] * 3,
         "the connection pool was closed while this call waited for a slot.",
     ]
     again = httpx.AsyncClient(transport=transport)
@@ -935,7 +935,7 @@ async def test_on_asyncio_the_connections_are_of_our_own_making(
             assert stream.get_extra_info("server_addr") == ("127.0.0.1", server.port)
     # Without the names that asyncio would have, none can be of ours.
     monkeypatch.delitem(sys.modules, "asyncio")
-    assert not transport._pool.is_wired(b"http", {})
+    assert not transport_for()._pool.is_wired(b"http", {})
 
 
 @pytest.mark.parametrize(

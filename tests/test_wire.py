@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import math
 import os
 import socket
 import ssl
@@ -476,6 +477,19 @@ async def test_each_wait_has_its_timeout(server: FaultServer) -> None:
         with pytest.raises(httpcore.ReadTimeout):
             await call(connection, "/stall", timeout={"read": 0.01})
         assert connection._timer is None
+
+
+async def test_a_deadline_is_that_of_the_head_and_not_of_the_body(server: FaultServer) -> None:
+    """Who reads that has bounds of his own."""
+    with connection_to(server) as connection:
+        await call(connection, "/ok")
+        answer = await connection.exchange(
+            b"GET", b"/stall", [(b"Host", b"127.0.0.1")], b"", ExchangeRecord(), {"read": 0.01}, deadline=5
+        )
+        assert connection._deadline == math.inf
+        assert await answer.read() == b"half."
+        with pytest.raises(httpcore.ReadTimeout):
+            await answer.read()
 
 
 async def test_a_timeout_counts_from_the_last_byte(server: FaultServer) -> None:
