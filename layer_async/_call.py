@@ -1,10 +1,10 @@
 """One call, top to bottom: the corridor that joins the other rooms, each step knowing only the next.
 
-    run            make the error tree, tell the observer
-      _unseen        a first attempt without a request, where nobody could see one; if slot and connection are at hand,
-                     it is made at once, else in here:
+    run            make the error tree, tell the observer; wait for the first slot, where no gate has to be asked
+      _unseen        a first attempt without a request, where nobody could see one; with an open connection at hand it is
+                     made at once, else in here:
       _bounded       open the scope of the deadline
-        _value         wait for the first slot
+        _value         wait for the first slot behind the gate
           _respond       build the request; the user's middleware
             RetryMiddleware
               _attempt     gate, slot, httpx send (DualTokenAuth attaches the tokens), same-origin redirects, read
@@ -59,7 +59,7 @@ from ._options import (
 )
 from ._origin import Origin
 from ._pacing import Gate, Pacing
-from ._pool import ConnectionPool
+from ._pool import ConnectionPool, SlotTimeout
 from ._retry import CallNext, Middleware, RetryBudget, RetryMiddleware, RetryPolicy
 from ._telemetry import CallFinished, Observer, hears_all, notify
 
@@ -280,10 +280,12 @@ class Call:
         value: Any = MORE
         done = False
         try:
-            sent = self._at_hand()
+            # What waits for its slot, or for an open connection, is bounded by those: that takes no scope.
+            sent = None
+            if self._is_queued() and (self._is_admitted() or await self._is_admitted_in_turn()):
+                sent = self._drawn()
             if sent is not None and sent.connection is not None:
-                # It waits for nothing but its connection, which keeps the deadline: that takes no scope.
-                value, sent = await self._unseen(sent, settings.deadline), None
+                value, sent = await self._unseen(sent, self._seconds_left(started)), None
             if value is MORE:
                 value = await self._bounded(started, sent)
             done = True
@@ -354,16 +356,13 @@ class Call:
 
     # The steps
 
-    def _at_hand(self) -> Any:
-        """A first attempt without a request, where it has to wait for no slot.
+    def _is_queued(self) -> bool:
+        """Whether it stands in the queue first.
 
         A middleware needs a request, and may wait for other calls of this client, so that it must not hold a slot: with
         one, calls build their requests and queue then.
         """
-        corridor = self.corridor
-        if corridor.middleware or corridor.pool is None or not self._is_admitted(corridor.pool):
-            return None
-        return self._drawn()
+        return self.corridor.pool is not None and not self.corridor.middleware
 
     def _drawn(self) -> Any:
         lane = self.corridor.lane
@@ -377,17 +376,15 @@ class Call:
             await lane.send(sent, self, deadline)
         except DeadlinePassed:
             raise self._deadline_exceeded() from None
-        if sent.body(self.settings.max_response_bytes) is not None:
+        if sent.body(self.record, self.settings.max_response_bytes) is not None:
             return self._concluded(lane, sent)
         self.record.sent = sent
         return MORE
 
     async def _bounded(self, started: float, sent: Any) -> Any:
         """What the call gives; all that it may wait for is bounded by its deadline, or by the closing of the client."""
-        corridor, seconds = self.corridor, self.settings.deadline
-        if seconds is not None:
-            seconds = max(0.0, seconds + started - time.perf_counter())
-        self.record.scope = scope = corridor.scopes.after(seconds)
+        corridor = self.corridor
+        self.record.scope = scope = corridor.scopes.after(self._seconds_left(started))
         corridor.live.add(scope)
         try:
             with scope:
@@ -398,9 +395,9 @@ class Call:
 
     async def _value(self, sent: Any) -> Any:
         """The same, unbounded. Raises errors of the tree only, but for those of the user's own hooks."""
-        record, corridor = self.record, self.corridor
+        record = self.record
         try:
-            if record.slot is None and record.sent is None and corridor.pool is not None and not corridor.middleware:
+            if record.slot is None and record.sent is None and self._is_queued():
                 await self._admit()
                 sent = self._drawn()
             if sent is not None:
@@ -432,7 +429,7 @@ class Call:
         """What the call gives whose first attempt was `sent` without a request, and answered with all that there is."""
         record, identity = self.record, self.corridor.identity
         self.status = sent.answer.status
-        if identity.gate is not None and sent.answer.says_more:
+        if identity.gate is not None and record.says_more:
             identity.gate.hear(sent.answer.headers)
         identity.auth.succeed(sent.turn)
         if hears_all(self.corridor.observer):
@@ -507,12 +504,28 @@ class Call:
             content["headers"].setdefault("Content-Type", "application/json")
         return content
 
-    def _is_admitted(self, pool: ConnectionPool) -> bool:
+    def _seconds_left(self, started: float) -> float | None:
+        seconds = self.settings.deadline
+        return None if seconds is None else max(0.0, seconds + started - time.perf_counter())
+
+    def _is_admitted(self) -> bool:
         """Take a slot, where neither gate nor queue has to be waited for."""
-        record, gate = self.record, self.corridor.identity.gate
-        if gate is None or gate.is_off:
+        record, pool, gate = self.record, self.corridor.pool, self.corridor.identity.gate
+        if pool is not None and (gate is None or gate.is_off):
             self._be_open()
             record.slot = pool.acquire_nowait()
+        return record.slot is not None
+
+    async def _is_admitted_in_turn(self) -> bool:
+        """Wait for a slot, where no gate has to be asked."""
+        record, pool, gate = self.record, self.corridor.pool, self.corridor.identity.gate
+        if pool is not None and (gate is None or gate.is_off):
+            try:
+                record.slot = await pool.acquire(self.settings.deadline)
+            except SlotTimeout:
+                raise self._deadline_exceeded() from None
+            if gate is not None and not gate.is_off:
+                record.release_slot()  # it shut while the call stood in the queue
         return record.slot is not None
 
     def _be_open(self) -> None:
@@ -552,7 +565,7 @@ class Call:
                 response = await lane.exchange(request, record, auth, limit)
             else:
                 response = await self._send(request)
-            if corridor.identity.gate is not None:
+            if corridor.identity.gate is not None and record.says_more is not False:
                 corridor.identity.gate.hear(response.headers.raw)
             while corridor.follow_redirects and self._may_follow(response):
                 history = [*response.history, response]

@@ -1,9 +1,9 @@
-"""The scope that bounds a call: anyio's own, made and timed for less.
+"""What ends a wait in its time, for less than a timer each: a watch for all of them, and scopes that use it.
 
-Rules: what is given is in every respect a cancel scope of anyio's, whatever is done to it. On asyncio anyio asks for
-each which library runs, and gives each a timer of its own, which goes through a heap. But most calls of a client have
-the same time, so that their deadlines pass in the order in which they began: one timer, for the first of them, does
-for all. A deadline out of that order has a timer of its own, as ever; so have all where anyio's class is of another
+Rules: a scope is in every respect a cancel scope of anyio's, whatever is done to it. On asyncio anyio asks for each
+which library runs, and gives each a timer of its own, which goes through a heap. But most calls of a client have the
+same time, so that their deadlines pass in the order in which they began: one timer, for the first of them, does for
+all. A deadline out of that order has a timer of its own, as ever; so have all scopes where anyio's class is of another
 shape than is known here, and on trio, which has no timers.
 """
 
@@ -13,11 +13,63 @@ import functools
 import math
 import sys
 from collections import OrderedDict
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import anyio
 
-__all__ = ["Scopes"]
+__all__ = ["Scopes", "Watch"]
+
+
+class Watch:
+    """Calls back at deadlines, on one event loop of asyncio."""
+
+    __slots__ = ("_places", "_timer", "loop")
+
+    def __init__(self, loop: Any) -> None:
+        self.loop: Any = loop
+        self._places: OrderedDict[_Place, None] = OrderedDict()  # in the order of their deadlines
+        self._timer: Any = None
+
+    def at(self, deadline: float, call_back: Callable[[], object]) -> Any:
+        """Have it called at `deadline`, by the loop's clock, unless what is returned is cancelled before."""
+        places = self._places
+        if places and deadline < next(reversed(places)).deadline:
+            return self.loop.call_at(deadline, call_back)
+        place = _Place(places, deadline, call_back)
+        places[place] = None
+        timer = self._timer
+        if timer is None or timer.when() > deadline:
+            if timer is not None:  # it was set for one that has gone
+                timer.cancel()
+            self._timer = self.loop.call_at(deadline, self._look)
+        return place
+
+    def _look(self) -> None:
+        self._timer = None
+        now = self.loop.time()
+        while self._places:
+            place = next(iter(self._places))
+            if place.deadline > now:
+                self._timer = self.loop.call_at(place.deadline, self._look)
+                return
+            place.cancel()
+            place.call_back()
+
+
+class _Place:
+    """A place in the order of a watch; stands where a timer would."""
+
+    __slots__ = ("_places", "call_back", "deadline")
+
+    def __init__(self, places: OrderedDict[_Place, None], deadline: float, call_back: Callable[[], object]) -> None:
+        self._places: OrderedDict[_Place, None] = places
+        self.deadline: float = deadline
+        self.call_back: Callable[[], object] = call_back
+
+    def cancel(self) -> None:
+        """Nobody has to be called any more."""
+        self._places.pop(self, None)
 
 
 class Scopes:
@@ -26,7 +78,7 @@ class Scopes:
     __slots__ = ("_watch",)
 
     def __init__(self) -> None:
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
 
     def after(self, seconds: float | None) -> anyio.CancelScope:
         """A scope that ends `seconds` from now, or never by itself."""
@@ -36,64 +88,17 @@ class Scopes:
             return anyio.CancelScope(deadline=math.inf if seconds is None else anyio.current_time() + seconds)
         watch = self._watch
         if watch is None or watch.loop is not loop:
-            watch = self._watch = _Watch(loop)  # another loop's goes on for as long as that has calls
-        scope: anyio.CancelScope = watch.kind(deadline=math.inf if seconds is None else loop.time() + seconds)
+            watch = self._watch = Watch(loop)  # another loop's goes on for as long as that has calls
+        kind = _kind(_scope_class())
+        scope: anyio.CancelScope = kind(deadline=math.inf if seconds is None else loop.time() + seconds)
         scope.watch = watch  # type: ignore[attr-defined]
         return scope
 
 
-class _Watch:
-    """Ends the scopes of one event loop in their time."""
-
-    __slots__ = ("kind", "loop", "places", "timer")
-
-    def __init__(self, loop: Any) -> None:
-        self.loop: Any = loop
-        self.kind: Any = _kind(cast(Any, type(anyio.CancelScope())))
-        self.places: OrderedDict[_Place, None] = OrderedDict()  # in the order of their deadlines
-        self.timer: Any = None
-
-    def takes(self, scope: Any) -> bool:
-        """Watch over the deadline of `scope`; False where that is not the last of all."""
-        deadline, places = scope.deadline, self.places
-        if deadline == math.inf:
-            return True
-        if places and deadline < next(reversed(places)).deadline:
-            return False
-        scope._timeout_handle = place = _Place(self, scope, deadline)
-        places[place] = None
-        timer = self.timer
-        if timer is None or timer.when() > deadline:
-            if timer is not None:  # it was set for one that has gone
-                timer.cancel()
-            self.timer = self.loop.call_at(deadline, self._look)
-        return True
-
-    def _look(self) -> None:
-        self.timer = None
-        now = self.loop.time()
-        while self.places:
-            place = next(iter(self.places))
-            if place.deadline > now:
-                self.timer = self.loop.call_at(place.deadline, self._look)
-                return
-            place.cancel()
-            place.scope.time_out()
-
-
-class _Place:
-    """A scope's place in the order; stands where the scope keeps its timer."""
-
-    __slots__ = ("deadline", "scope", "watch")
-
-    def __init__(self, watch: _Watch, scope: Any, deadline: float) -> None:
-        self.watch: _Watch = watch
-        self.scope: Any = scope
-        self.deadline: float = deadline
-
-    def cancel(self) -> None:
-        """Nobody has to watch over it any more."""
-        self.watch.places.pop(self, None)
+@functools.cache
+def _scope_class() -> Any:
+    """What anyio makes on asyncio."""
+    return type(anyio.CancelScope())
 
 
 @functools.cache
@@ -106,10 +111,13 @@ def _kind(base: Any) -> Any:
         __slots__ = ("watch",)
 
         def _timeout(self) -> None:
-            if not self.watch.takes(self):
+            deadline = self.deadline
+            if deadline == math.inf:
+                return
+            watch = self.watch
+            if watch.loop.time() >= deadline:
                 super()._timeout()
-
-        def time_out(self) -> None:
-            super()._timeout()
+            else:
+                self._timeout_handle = watch.at(deadline, self._timeout)  # type: ignore[misc]  # anyio's own
 
     return CallScope

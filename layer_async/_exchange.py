@@ -61,23 +61,24 @@ class ExchangeRecord:
 
     The transport writes for the attempt under way (None means unknown): `bytes_written`, how many bytes of the request
     went out (a TLS handshake or CONNECT does not count); `response_started`, whether a byte of the answer came;
-    `head_received`, whether its head was complete; `reused`, whether the connection had served before. `phase` says
-    what the call is doing, `slot` is the slot it holds, `attempts` and `maybe_processed` grow with each attempt. `info`
-    is the request as errors and events show it, once somebody has wanted it. `idempotent` is the caller's word on an
-    unsafe method. `is_patient`: the call belongs to a bulk, and waits out any number of 429s, each in a block of
-    `waiting`, which may end it. `is_in_outage` says
-    whether that bulk waits for the server to come back, so that the call is not to try again by itself. `is_outage`:
-    its last failure may be one of many like it. `fresh` asks the transport for a new connection, since an idle one has
-    just turned out to be dead. `source_error` is what the source of the tokens raised: no matter of the API's, whatever
-    its class. `gate` is where each attempt asks, `gate_limit` for how many seconds it may be shut, `turn` the number
-    that the last attempt got there; `scope` bounds the call. `started` is when the attempt began. `sent` is a first
-    attempt that was made before there was a request. What is not set yet costs nothing: it is the class's.
+    `head_received`, whether its head was complete; `says_more`, whether that tells of a coding or a limit; `reused`,
+    whether the connection had served before. `phase` says what the call is doing, `slot` is the slot it holds,
+    `attempts` and `maybe_processed` grow with each attempt. `info` is the request as errors and events show it, once
+    somebody has wanted it. `idempotent` is the caller's word on an unsafe method. `is_patient`: the call belongs to a
+    bulk, and waits out any number of 429s, each in a block of `waiting`, which may end it. `is_in_outage` says whether
+    that bulk waits for the server to come back, so that the call is not to try again by itself. `is_outage`: its last
+    failure may be one of many like it. `fresh` asks the transport for a new connection, since an idle one has just
+    turned out to be dead. `source_error` is what the source of the tokens raised: no matter of the API's, whatever its
+    class. `gate` is where each attempt asks, `gate_limit` for how many seconds it may be shut, `turn` the number that
+    the last attempt got there; `scope` bounds the call. `started` is when the attempt began. `sent` is a first attempt
+    that was made before there was a request. What is not set yet costs nothing: it is the class's.
     """
 
     bytes_written: int | None = None
     response_started: bool | None = None
     head_received: bool | None = None
     reused: bool | None = None
+    says_more: bool | None = None
     info: RequestInfo | None = None
     phase: str = "queue"
     slot: Releasable | None = None
@@ -112,7 +113,7 @@ class ExchangeRecord:
 
     def begin_attempt(self) -> None:
         """Forget what the transport wrote for the attempt before."""
-        self.bytes_written = self.response_started = self.head_received = self.reused = None
+        self.bytes_written = self.response_started = self.head_received = self.says_more = self.reused = None
         self.is_outage = False
         self.started = time.perf_counter()
 

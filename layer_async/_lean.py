@@ -75,14 +75,14 @@ class Sent:
         self.answer: Answer | None = None
         self.error: Exception | None = None
 
-    def body(self, limit: int | None) -> bytes | None:
+    def body(self, record: ExchangeRecord, limit: int | None) -> bytes | None:
         """The body of a success that can be taken as it is: all there, not coded, and of at most `limit` bytes."""
         answer = self.answer
         if answer is None or answer.body is None or not 200 <= answer.status <= 299:
             return None
         if len(answer.body) > AT_ONCE or (limit is not None and len(answer.body) > limit):
             return None
-        if answer.says_more and any(name.lower() == b"content-encoding" for name, _ in answer.headers):
+        if record.says_more and any(name.lower() == b"content-encoding" for name, _ in answer.headers):
             return None
         return answer.body
 
@@ -128,6 +128,7 @@ class Lane:
         self._wire_seams = () if self._adapter is None else (TRANSPORT_SEAM, self._adapter.entrance)
         self._fields: tuple[Field, ...] = ()
         self._drawn: object = None  # whose tokens those are
+        self._is_likely = True  # that one more can be made: else nobody asks before a request has gone this way
 
     def with_headers(self, headers: httpx.Headers) -> Lane:
         """The same for requests with other headers."""
@@ -157,7 +158,10 @@ class Lane:
 
         It is to be sent before anybody else has a turn.
         """
-        if not (self._is_simple(call.method, call.document) and self.is_open and self._is_wired(NO_EXTENSIONS)):
+        if not (self._is_likely and self._is_simple(call.method, call.document)):
+            return None
+        if not (self.is_open and self._is_wired(NO_EXTENSIONS)):
+            self._is_likely = False
             return None
         turn = auth.begin()
         if turn is None:
@@ -309,6 +313,7 @@ class Lane:
         if sent is not None:
             response = _received(request, sent, record)
         elif self._is_wired(request.extensions):
+            self._is_likely = True
             response = await self._send_on_wire(request, record)
         else:
             assert self._transport is not None

@@ -74,9 +74,8 @@ class Proxy:
 class Answer:
     """The final answer to a request.
 
-    `headers` are as they were sent; `says_more`: one of them tells of a coding or a limit. `body` is the whole body,
-    undecoded, where it came with the head: then nothing is left to read; else None. Iterating gives the body in either
-    case.
+    `headers` are as they were sent. `body` is the whole body, undecoded, where it came with the head: then nothing is
+    left to read; else None. Iterating gives the body in either case.
     """
 
     __slots__ = (
@@ -88,7 +87,6 @@ class Answer:
         "http_version",
         "is_given",
         "reason",
-        "says_more",
         "status",
     )
 
@@ -102,7 +100,6 @@ class Answer:
         self.reason = head.reason
         self.http_version = head.version
         self.headers = head.fields
-        self.says_more = head.says_more
         self.body: bytes | None = None
 
     async def read(self) -> bytes:
@@ -364,6 +361,7 @@ class WireConnection:
             if reader.stage >= LENGTH:
                 self._on_readable()  # the rest may have come meanwhile
             self._record = None
+            record.says_more = reader.head.says_more
             self._deadline = math.inf
             self._has_served = True
             answer = Answer(self, read_timeout)

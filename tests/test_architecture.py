@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "_retry": {"_errors", "_exchange", "_failures", "_telemetry", "_values"},
     "_pace": set(),
     "_pacing": {"_errors", "_pace", "_telemetry", "_values"},
-    "_pool": {"_errors", "_values"},
+    "_pool": {"_deadline", "_errors", "_values"},
     "_sockets": {"_exchange"},
     "_portable": {"_errors", "_exchange", "_sockets"},
     "_seams": set(),

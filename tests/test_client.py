@@ -487,11 +487,16 @@ async def test_waiting_at_the_gate_uses_up_no_bulk_items_deadline(router: respx.
             assert [outcome.ok async for outcome in outcomes] == [True]
 
 
+async def hand_on(request: httpx.Request, call_next: CallNext) -> httpx.Response:
+    return await call_next(request)
+
+
+@pytest.mark.parametrize("middleware", [[], [hand_on]], ids=["first in the queue", "first a request"])
 async def test_a_call_that_gets_its_slot_while_the_gate_is_shut_gives_it_back_and_waits_there(
-    router: respx.MockRouter,
+    router: respx.MockRouter, middleware: list[Any]
 ) -> None:
     router.get("/api/x").respond(200)
-    async with make(limits=httpx.Limits(max_connections=1)) as client:
+    async with make(limits=httpx.Limits(max_connections=1), middleware=middleware) as client:
         slot = await client.pool.acquire()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(client.get, "/api/x")
@@ -501,6 +506,7 @@ async def test_a_call_that_gets_its_slot_while_the_gate_is_shut_gives_it_back_an
             slot.release()
             await anyio.wait_all_tasks_blocked()
             assert client.pool.stats.in_use == 0
+            assert not router.calls
     assert len(router.calls) == 1
 
 

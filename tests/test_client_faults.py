@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import functools
 import gc
 import gzip
 import pickle
@@ -32,6 +33,7 @@ from layer_async import (
     TokenPair,
 )
 from layer_async._deadline import Scopes
+from layer_async._lean import Lane
 from layer_async._options import Pieces
 from layer_async._pacing import Gate
 
@@ -473,6 +475,31 @@ async def test_a_deadline_passes_whatever_the_server_does_and_the_error_tells_wh
     assert error.attempts == ()
     assert error.__cause__ is None
     assert [request.target for request in server.record.requests if request.method == method] == [f"/{path}/1"]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_time_in_the_queue_counts_for_the_attempt_that_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[float | None] = []
+    send = Lane.send
+
+    async def spy(self: Lane, sent: Any, call: Any, deadline: float | None) -> None:
+        left.append(deadline)
+        await send(self, sent, call, deadline)
+
+    monkeypatch.setattr(Lane, "send", spy)
+    with FaultServer() as server:
+        async with make(server, limits=httpx.Limits(max_connections=1)) as client:
+            await client.get("/ok/1")
+            left.clear()
+            slot = await client.pool.acquire()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(functools.partial(client.get, "/ok/2", deadline=10))
+                for _ in range(5):
+                    await anyio.sleep(0.005)
+                slot.release()
+            (seconds,) = left
+    assert seconds is not None
+    assert seconds <= 10 - 0.025
 
 
 async def test_the_time_of_an_attempt_without_a_scope_counts_for_what_follows_it(

@@ -71,8 +71,10 @@ def test_a_new_attempt_forgets_the_transports_notes_and_nothing_else() -> None:
         is_patient=True,
         fresh=True,
     )
+    record.says_more = False
     record.begin_attempt()
     assert (record.bytes_written, record.response_started, record.head_received, record.reused) == (None,) * 4
+    assert record.says_more is None
     assert record.attempts == [attempt]
     assert (record.maybe_processed, record.idempotent, record.is_patient) == (True, True, True)
     assert record.fresh

@@ -150,6 +150,49 @@ async def test_a_waiter_gives_up_when_its_time_is_over() -> None:
     assert pool.stats.in_use == 0
 
 
+async def test_a_thousand_that_wait_give_up_each_in_its_time_whoever_came_first() -> None:
+    pool = pool_of(1)
+    slot = await pool.acquire()
+    delays = [0.001, 0.004, 0.002, *(0.003 for _ in range(1000)), 0.001]
+    gave_up: list[float] = []
+    began = anyio.current_time()
+
+    async def wait(seconds: float) -> None:
+        with pytest.raises(SlotTimeout):
+            await pool.acquire(seconds)
+        assert anyio.current_time() - began >= seconds
+        gave_up.append(seconds)
+
+    async with anyio.create_task_group() as group:
+        for seconds in delays:
+            group.start_soon(wait, seconds)
+    assert sorted(gave_up) == sorted(delays)
+    assert pool.stats.waiting == 0
+    slot.release()
+    assert (await pool.acquire()).is_held
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_all_that_wait_for_as_long_have_one_timer_and_leave_no_other_behind() -> None:
+    loop: Any = asyncio.get_running_loop()
+
+    def timers() -> int:
+        return sum(not handle.cancelled() for handle in loop._scheduled)
+
+    pool = pool_of(1)
+    slot = await pool.acquire()
+    before = timers()
+    tasks = [asyncio.create_task(pool.acquire(60)) for _ in range(100)]
+    await settle()
+    assert (pool.stats.waiting, timers()) == (100, before + 1)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    slot.release()
+    assert (pool.stats.waiting, pool.stats.in_use, timers()) == (0, 0, before + 1)
+    assert not pool._watch._places
+
+
 async def test_a_slot_that_comes_in_time_is_given_to_one_who_waits_with_a_timeout() -> None:
     pool = pool_of(1)
     slot = await pool.acquire()
@@ -192,11 +235,14 @@ async def test_a_cancelled_waiter_leaves_the_queue_or_passes_its_slot_on(ticks: 
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_natively_cancelled_waiter_with_the_slot_in_its_hand_passes_it_on() -> None:
+@pytest.mark.parametrize("is_cancelled_first", [False, True])
+async def test_a_natively_cancelled_waiter_with_the_slot_in_its_hand_passes_it_on(is_cancelled_first: bool) -> None:
     pool = pool_of(1)
     slot = await pool.acquire()
     first, second = (asyncio.create_task(pool.acquire()) for _ in range(2))
     await asyncio.sleep(0)
+    if is_cancelled_first:
+        first.cancel()
     slot.release()
     first.cancel()
     first.cancel()
@@ -548,6 +594,21 @@ def test_under_a_second_event_loop_the_pool_works_and_what_the_dead_one_left_is_
 
     first(leave)
     second(work)
+
+
+@pytest.mark.parametrize("second", RUNS)
+@pytest.mark.parametrize("first", RUNS)
+def test_under_each_event_loop_those_who_wait_give_up_in_time(first: Run, second: Run) -> None:
+    pool = pool_of(1)
+
+    async def wait() -> None:
+        slot = await pool.acquire()
+        with pytest.raises(SlotTimeout):
+            await pool.acquire(0.001)
+        slot.release()
+
+    first(wait)
+    second(wait)
 
 
 def test_a_loop_that_is_stopped_and_not_closed_counts_as_dead(stopped_loop: asyncio.AbstractEventLoop) -> None:
