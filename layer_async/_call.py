@@ -1,8 +1,8 @@
 """One call, top to bottom: the corridor that joins the other rooms, each step knowing only the next.
 
     run            make the error tree, tell the observer; wait for the first slot, where no gate has to be asked
-      _unseen        a first attempt without a request, where nobody could see one; with an open connection at hand it is
-                     made at once, else in here:
+      _unseen        a first attempt without a request, where nobody could see one; at once, if an open connection is at
+                     hand, else in here:
       _bounded       open the scope of the deadline
         _value         wait for the first slot behind the gate
           _respond       build the request; the user's middleware
