@@ -7,6 +7,7 @@ Rules: all of it is pure. A request that may have been processed is sent again o
 from __future__ import annotations
 
 import math
+import re
 import socket
 import ssl
 
@@ -207,6 +208,8 @@ def _wire_row(error: httpx.TransportError, record: ExchangeRecord) -> Row:
     if record.response_started:
         is_malformed = isinstance(error, httpx.RemoteProtocolError) and not record.head_received
         return MALFORMED if is_malformed else CUT_RESPONSE
+    if _is_permanent(error):  # TLS 1.3 has shaken hands before a server says that it wants the client's certificate
+        return PERMANENT
     if record.bytes_written == 0:
         return UNSENT
     if isinstance(error, httpx.WriteError | httpx.WriteTimeout):
@@ -219,6 +222,7 @@ def _proxy_row(error: httpx.ProxyError) -> Row:
     return CONNECT if str(error)[:3] in ("502", "503", "504") else PERMANENT
 
 
+_CERTIFICATE_ALERT = re.compile("ALERT_.*(CERTIFICATE|UNKNOWN_CA)")  # RFC 8446 section 6.2, as OpenSSL names them
 UNKNOWN_HOST = {getattr(socket, name, None) for name in ("EAI_NONAME", "EAI_NODATA")}
 
 
@@ -229,6 +233,8 @@ def _is_permanent(error: BaseException) -> bool:
     while root is not None and id(root) not in seen:
         if isinstance(root, ssl.SSLCertVerificationError):
             return True
+        if isinstance(root, ssl.SSLError) and _CERTIFICATE_ALERT.search(root.reason or ""):
+            return True  # it is ours that they refuse, or miss
         if isinstance(root, socket.gaierror):
             return root.errno in UNKNOWN_HOST
         if isinstance(root, OSError):

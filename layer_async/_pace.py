@@ -298,7 +298,7 @@ class Pace:
 
 # What the head of an answer says
 
-_ITEM = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*")+')
+_ITEM = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.?)*+(?:"|\Z))+')  # what a quote opens ends at the latest with the field
 _PARAMETER = re.compile(r"[;,]\s*([a-z]+)\s*=\s*([0-9]{1,15})(?![0-9.])", re.ASCII)
 _NUMBER = re.compile(r"\s*([0-9]{1,15})(?:\.[0-9]*)?\s*(?:[,;].*)?", re.ASCII)
 _NAME = b"ratelimit"

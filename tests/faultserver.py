@@ -47,6 +47,16 @@ def server_context() -> ssl.SSLContext:
 
 
 @functools.cache
+def distrustful_context() -> ssl.SSLContext:
+    """The same for servers that want to see a certificate of the client's."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.CERT_REQUIRED
+    authority().issue_cert("127.0.0.1").configure_cert(context)
+    authority().configure_trust(context)
+    return context
+
+
+@functools.cache
 def older_context() -> ssl.SSLContext:
     """The same for TLS 1.2, where the last packet of the handshake is the server's."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -135,6 +145,9 @@ class TLSPipe:
                 if not (data := self.lower.recv()):
                     raise ConnectionAbortedError from None
                 self.incoming.write(data)
+            except ssl.SSLError:
+                self._flush()  # the alert
+                raise
             else:
                 self._flush()
                 return result
@@ -408,7 +421,8 @@ class FaultServer:
     some moment before the next one; drawn from `seed`. `accepting=False`: connections are never accepted, and the queue
     is full. `refuse_tunnels`: the status line that answers CONNECT. `greeting`: what the first connection gets before
     any request, in the last packet of a TLS 1.2 handshake. `answer_connect`, set at any time, answers the next CONNECT.
-    `receive_buffer`: how many bytes a connection takes in before anybody reads them.
+    `receive_buffer`: how many bytes a connection takes in before anybody reads them. `wants_certificate`: it speaks TLS
+    with nobody who has none.
     """
 
     def __init__(
@@ -421,8 +435,10 @@ class FaultServer:
         refuse_tunnels: str | None = None,
         greeting: bytes = b"",
         receive_buffer: int | None = None,
+        wants_certificate: bool = False,
     ) -> None:
         self.tls = tls
+        self.context = distrustful_context() if wants_certificate else older_context() if greeting else server_context()
         self.closing = closing
         self.seed = seed
         self.refuse_tunnels = refuse_tunnels
@@ -511,7 +527,7 @@ class FaultServer:
             pipe: Pipe = SocketPipe(sock)
             if self.tls:
                 greeting, self.greeting = self.greeting, b""
-                pipe = TLSPipe(pipe, older_context() if greeting else server_context(), greeting)
+                pipe = TLSPipe(pipe, self.context, greeting)
             self._converse(pipe, sock, chance)
         except (OSError, Closed):  # ssl.SSLError is an OSError
             pass

@@ -9,6 +9,7 @@ import functools
 import gc
 import gzip
 import pickle
+import ssl
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ from layer_async._lean import Lane
 from layer_async._options import Pieces
 from layer_async._pacing import Gate
 
-from .faultserver import Exchange, FaultServer
+from .faultserver import Exchange, FaultServer, authority
 
 pytestmark = pytest.mark.anyio
 
@@ -420,6 +421,23 @@ async def test_a_deadline_that_passes_in_the_queue_says_so() -> None:
             slot.release()
     assert caught.value.phase == "queue"
     assert not caught.value.maybe_processed
+    assert not server.record.requests
+
+
+@pytest.mark.parametrize("has_certificate", [False, True])
+async def test_a_server_that_misses_a_certificate_of_ours_is_asked_once(has_certificate: bool) -> None:
+    with FaultServer(tls=True, wants_certificate=True) as server:
+        context = ssl.create_default_context()
+        authority().configure_trust(context)
+        if has_certificate:
+            authority().issue_cert("client.invalid").configure_cert(context)
+        async with make(server, verify=context) as client:
+            if has_certificate:
+                assert (await client.get("/ok/1")).status_code == 200
+                return
+            with pytest.raises(APIConnectionError, match="certificate required") as caught:
+                await client.get("/ok/1")
+            assert len(caught.value.attempts) == 1
     assert not server.record.requests
 
 

@@ -64,6 +64,8 @@ def api_error(cls: type[APIStatusError], status: int, wait: float | None = None)
 
 
 CERTIFICATE = ssl.SSLCertVerificationError(1, "certificate verify failed")
+NO_CERTIFICATE = ssl.SSLError(1, "alert certificate required")
+NO_CERTIFICATE.reason = "TLSV13_ALERT_CERTIFICATE_REQUIRED"
 UNKNOWN_HOST = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 NO_ADDRESS = socket.gaierror(socket.EAI_NODATA, "No address associated with hostname")
 TEMPORARY_DNS = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
@@ -130,6 +132,7 @@ TABLE = [
     # certificate error, unknown host, bad URL
     Case("certificate", because_of(httpx.ConnectError("tls"), CERTIFICATE), 0, 0),
     Case("certificate, deep below", because_of(httpx.ConnectError("tls"), RuntimeError(), CERTIFICATE), 0, 0),
+    Case("a certificate of ours that they miss", because_of(httpx.ReadError("tls"), NO_CERTIFICATE), 0, 0),
     Case("unknown host", because_of(httpx.ConnectError("dns"), UNKNOWN_HOST), 0, 0),
     Case("host without an address", because_of(httpx.ConnectError("dns"), NO_ADDRESS), 0, 0),
     Case("neither http nor https", httpx.UnsupportedProtocol("gopher"), 0, 0),
