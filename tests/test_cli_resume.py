@@ -9,6 +9,7 @@ import random
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections import Counter
 from functools import partial
@@ -256,6 +257,18 @@ def test_stdout_may_be_one_of_the_files_too(layer: Layer, arguments: tuple[str, 
     assert ran.code == 2
     assert "are one file: each takes a file of its own" in ran.err
     assert Path("both").read_text() == "/api/customers/1\n"
+
+
+def test_without_a_stdout_the_input_may_have_its_number(  # the command `fetch paths --out - >&-`
+    layer: Layer,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("paths").write_text("/api/customers/1\n")
+    monkeypatch.setattr(sys, "stdout", None)
+    with open("paths", "rb") as file, descriptor_replaced(1, file.fileno()):
+        ran = layer("fetch", "paths", "--out", "-")
+    assert ran == Ran(4, b"", "layer-async: stdout cannot be written: Bad file descriptor.\n")
+    assert Path("paths").read_text() == "/api/customers/1\n"
 
 
 def test_devices_are_nobodys_own(layer: Layer) -> None:  # noqa: F811

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import stat
+import sys
 from collections.abc import Generator
 
 import attrs
@@ -137,9 +138,12 @@ def open_results(
 
 def _refuse_one_for_two(source: io.FileIO, out: str, errors: str | None, journal: str) -> None:
     """Nothing is written over the input, or by two writers: whatever they are called, links and redirections too."""
-    files: list[tuple[str, str | int]] = [("the input", source.fileno()), ("--out", 1 if out == "-" else out)]
+    files: list[tuple[str, str | int]] = [("the input", source.fileno())]
     if out != "-":
+        files.append(("--out", out))
         files += [(f"the journal {journal}", f"{journal}{end}") for end in ("", "-wal", "-shm", "-lock")]
+    elif sys.stdout is not None:  # else the input may have its number
+        files.append(("--out", 1))
     if errors is not None:
         files.append(("--errors", errors))
     owners: dict[object, str] = {}
