@@ -444,9 +444,12 @@ class Call:
             return self._of(self._response_to(lane, sent))  # that error tells more
 
     def _response_to(self, lane: Lane, sent: Any) -> httpx.Response:
+        return lane.answered(self._prepared(), sent, self.record, self.corridor.identity.auth)
+
+    def _prepared(self) -> httpx.Request:
         self.request = request = self._build()
         request.extensions[EXTENSION] = self.record
-        return lane.answered(request, sent, self.record, self.corridor.identity.auth)
+        return request
 
     def _of(self, response: httpx.Response) -> Any:
         if self._gives_response:
@@ -454,9 +457,7 @@ class Call:
         return self.reader(response) if self.reader is not None else _codec().decode(response, self.into)
 
     async def _respond(self) -> httpx.Response:
-        corridor = self.corridor
-        self.request = request = self._build()
-        request.extensions[EXTENSION] = self.record
+        corridor, request = self.corridor, self._prepared()
         retry = corridor.identity.retry(self.settings.retry)
         if not corridor.middleware:
             return await retry(request, self._attempt)
