@@ -282,7 +282,7 @@ class Call:
         try:
             # What waits for its slot, or for an open connection, is bounded by those: that takes no scope.
             sent = None
-            if self._is_queued() and (self._is_admitted() or await self._is_admitted_in_turn()):
+            if self._is_queued() and (self._is_admitted() or await self._is_admitted_in_turn(started)):
                 sent = self._drawn()
             if sent is not None and sent.connection is not None:
                 value, sent = await self._unseen(sent, self._seconds_left(started)), None
@@ -413,7 +413,10 @@ class Call:
         error = self._error_in(response)
         if error is not None:
             del response  # its repr shows the server's own words
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it has this frame
         return self._of(response)
 
     def _is_simple(self) -> bool:
@@ -517,7 +520,7 @@ class Call:
             record.slot = pool.acquire_nowait()
         return record.slot is not None
 
-    async def _is_admitted_in_turn(self) -> bool:
+    async def _is_admitted_in_turn(self, started: float) -> bool:
         """Wait for a slot, where no gate has to be asked."""
         record, pool, gate = self.record, self.corridor.pool, self.corridor.identity.gate
         if pool is not None and (gate is None or gate.is_off):
@@ -525,6 +528,8 @@ class Call:
                 record.slot = await pool.acquire(self.settings.deadline)
             except SlotTimeout:
                 raise self._deadline_exceeded() from None
+            if self._seconds_left(started) == 0:  # others kept the event loop busy for as long
+                raise self._deadline_exceeded()
             if gate is not None and not gate.is_off:
                 record.release_slot()  # it shut while the call stood in the queue
         return record.slot is not None

@@ -567,10 +567,12 @@ class AsyncLayerClient:
             self._closed = True
             return
         if self._pool is not None and self._owns_http:
-            await self._pool.aclose()  # first: it refuses when it is another event loop's
+            self._pool.aclose_nowait()  # first: it refuses when it is another event loop's
         self._closed = True
         for scope in tuple(self._corridor.live):  # those that sleep, refresh, or wait at the gate
             scope.cancel()
+        if self._pool is not None and self._owns_http:
+            await self._pool.aclose()
         if self._owns_http:
             await self._http.aclose()
 

@@ -111,7 +111,10 @@ def decode_bytes(data: bytes, into: TypeForm[T], *, at: str = "") -> T:
     del data, mismatch  # what they show is the server's
     if error is None:
         return typing.cast(T, None)
-    raise error from cause
+    try:
+        raise error from cause
+    finally:
+        del error, cause  # they have this frame
 
 
 def _misfit(data: bytes, plan: Decoder, into: Any, mismatch: Mismatch, at: str) -> ResponseDecodeError | None:

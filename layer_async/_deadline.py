@@ -18,18 +18,27 @@ from typing import Any
 
 import anyio
 
-__all__ = ["Scopes", "Watch"]
+__all__ = ["Scopes", "Watch", "asyncio_loop"]
+
+
+def asyncio_loop() -> Any:
+    """The event loop of asyncio that runs this, or None: a task of trio's may run as the guest of one."""
+    asyncio: Any = sys.modules.get("asyncio")
+    loop = None if asyncio is None else asyncio._get_running_loop()
+    trio: Any = sys.modules.get("trio")
+    return None if loop is None or (trio is not None and trio.lowlevel.in_trio_task()) else loop
 
 
 class Watch:
     """Calls back at deadlines, on one event loop of asyncio."""
 
-    __slots__ = ("_places", "_timer", "loop")
+    __slots__ = ("_due", "_places", "_timer", "loop")
 
     def __init__(self, loop: Any) -> None:
         self.loop: Any = loop
         self._places: OrderedDict[_Place, None] = OrderedDict()  # in the order of their deadlines
         self._timer: Any = None
+        self._due = math.inf  # when that rings; uvloop's do not tell where it is at once
 
     def at(self, deadline: float, call_back: Callable[[], object]) -> Any:
         """Have it called at `deadline`, by the loop's clock, unless what is returned is cancelled before."""
@@ -38,20 +47,22 @@ class Watch:
             return self.loop.call_at(deadline, call_back)
         place = _Place(places, deadline, call_back)
         places[place] = None
-        timer = self._timer
-        if timer is None or timer.when() > deadline:
-            if timer is not None:  # it was set for one that has gone
-                timer.cancel()
-            self._timer = self.loop.call_at(deadline, self._look)
+        if self._due > deadline:
+            if self._timer is not None:  # it was set for one that has gone
+                self._timer.cancel()
+            self._ring_at(deadline)
         return place
 
+    def _ring_at(self, deadline: float) -> None:
+        self._timer, self._due = self.loop.call_at(deadline, self._look), deadline
+
     def _look(self) -> None:
-        self._timer = None
+        self._timer, self._due = None, math.inf
         now = self.loop.time()
         while self._places:
             place = next(iter(self._places))
             if place.deadline > now:
-                self._timer = self.loop.call_at(place.deadline, self._look)
+                self._ring_at(place.deadline)
                 return
             place.cancel()
             place.call_back()
@@ -82,8 +93,7 @@ class Scopes:
 
     def after(self, seconds: float | None) -> anyio.CancelScope:
         """A scope that ends `seconds` from now, or never by itself."""
-        asyncio: Any = sys.modules.get("asyncio")
-        loop = None if asyncio is None else asyncio._get_running_loop()
+        loop = asyncio_loop()
         if loop is None:  # trio
             return anyio.CancelScope(deadline=math.inf if seconds is None else anyio.current_time() + seconds)
         watch = self._watch

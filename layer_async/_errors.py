@@ -451,5 +451,8 @@ def raise_translated(error: httpx.RequestError | httpx.InvalidURL, known: ErrorC
             raise APIConnectionError("the server closed the connection without an answer.", **context) from error
         malformed = MalformedResponseError(f"the answer cannot be trusted: {error}.", **context)
         del error  # the other is rid of what it quotes before anybody sees it
-        raise malformed from None
+        try:
+            raise malformed from None
+        finally:
+            del malformed  # it has this frame
     raise APIConnectionError(f"no answer: {str(error) or type(error).__name__}.", **context) from error

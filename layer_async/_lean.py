@@ -368,9 +368,13 @@ class Lane:
 
 def _received(request: httpx.Request, sent: Sent, record: ExchangeRecord) -> httpx.Response:
     """What was `sent` for `request` before that existed."""
-    if sent.error is not None:
-        with request_context(request=request), map_httpcore_exceptions():
-            raise sent.error
+    error, sent.error = sent.error, None  # it has the frame that has it
+    if error is not None:
+        try:
+            with request_context(request=request), map_httpcore_exceptions():
+                raise error
+        finally:
+            del error
     answer, connection = sent.answer, sent.connection
     assert answer is not None
     assert connection is not None

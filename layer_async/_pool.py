@@ -21,7 +21,7 @@ import anyio
 import anyio.lowlevel
 import attrs
 
-from ._deadline import Watch
+from ._deadline import Watch, asyncio_loop
 from ._errors import ClientClosedError, ConfigurationError
 from ._values import number, shown
 
@@ -403,11 +403,9 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch - where there is no for
 
 
 def _running_loop() -> object:
-    """The event loop that runs this: asyncio's, or a trio token. Where asyncio is not loaded, none of its runs."""
-    try:
-        return sys.modules["asyncio"].get_running_loop()
-    except (KeyError, RuntimeError):
-        return anyio.lowlevel.current_token().native_token
+    """The event loop that runs this: asyncio's, or a trio token."""
+    loop = asyncio_loop()
+    return anyio.lowlevel.current_token().native_token if loop is None else loop
 
 
 def _is_running(loop: Any) -> bool:

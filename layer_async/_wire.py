@@ -209,6 +209,7 @@ class WireConnection:
         "_context",
         "_deadline",
         "_dialer",
+        "_due",
         "_expires",
         "_failure",
         "_fd",
@@ -271,6 +272,7 @@ class WireConnection:
         self._tls: _TLS | None = None
         self._lower: _TLS | None = None  # under it: to the proxy
         self._timer: asyncio.TimerHandle | None = None
+        self._due = math.inf  # when that rings; uvloop's do not tell where it is at once
         self._timeout: float | None = None
         self._expires = self._deadline = math.inf
         self._waiter: asyncio.Future[None] | None = None
@@ -604,6 +606,8 @@ class WireConnection:
         for count, start in enumerate(range(0, len(view), SLICE)):
             if self._is_refused():
                 return
+            if self._loop.time() >= self._deadline:  # where the socket takes all, nothing is waited for
+                raise DeadlinePassed
             self._push(view[start : start + SLICE])
             await self._drain(timeout)
             if count % FAIR_SHARE == FAIR_SHARE - 1:
@@ -751,15 +755,19 @@ class WireConnection:
         loop = self._loop
         self._waiter = waiter = loop.create_future()
         expires = self._count_anew()
-        timer = self._timer
-        if expires != math.inf and (timer is None or timer.when() > expires):
-            if timer is not None:
-                timer.cancel()
-            self._timer = loop.call_at(expires, _on_timer, self._ref, context=self._context)
+        if self._due > expires:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._ring_at(expires)
         try:
             await waiter
         finally:
             self._waiter = None
+            del waiter  # it has the error, and that would have this frame
+
+    def _ring_at(self, when: float) -> None:
+        self._timer = self._loop.call_at(when, _on_timer, self._ref, context=self._context)
+        self._due = when
 
     def _count_anew(self) -> float:
         """Something has moved: when the wait ends if nothing does from now on."""
@@ -776,13 +784,13 @@ class WireConnection:
             waiter.set_result(None)
 
     def _on_timer(self) -> None:
-        self._timer = None
+        self._timer, self._due = None, math.inf
         waiter, timeout = self._waiter, self._timeout
         if waiter is None or waiter.done() or self._expires == math.inf:
             return
         now = self._loop.time()
         if now < self._expires:
-            self._timer = self._loop.call_at(self._expires, _on_timer, self._ref, context=self._context)
+            self._ring_at(self._expires)
         elif now >= self._deadline:
             waiter.set_exception(DeadlinePassed())
         elif self._wants == DRAINED:

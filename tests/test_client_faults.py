@@ -10,6 +10,7 @@ import gc
 import gzip
 import pickle
 import ssl
+import time
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -195,6 +196,49 @@ async def test_closing_the_client_ends_the_calls_that_sleep_wait_or_refresh(wher
                 await anyio.sleep(0.01)
                 await client.aclose()
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_closing_that_is_cancelled_has_closed_the_client_all_the_same() -> None:
+    with FaultServer() as server:
+        client = make(server, retry=RetryPolicy(backoff_initial=60.0))
+        call = asyncio.ensure_future(client.get("/status/503"))
+        while not server.record.requests:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.005)
+        closing = asyncio.ensure_future(client.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with anyio.fail_after(5), pytest.raises(ClientClosedError):
+            await call
+        assert "closed" in repr(client)
+        await client.aclose()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("path", ["/ok", "/never", "/status/404", "/text", "/garbage"])
+async def test_a_call_leaves_nothing_for_the_garbage_collector(path: str) -> None:
+    """However it ends: at a thousand calls a second its walks would take more than the calls."""
+    with FaultServer() as server:
+        server.behaviours["text"] = lambda ex: ex.respond(b"text")
+        async with make(server, retry=None) as client:
+
+            async def call() -> None:
+                with contextlib.suppress(LayerError):
+                    await client.get(path, into=None if path == "/ok" else Any, deadline=0.005)
+
+            for _ in range(3):
+                await client.get("/ok")
+                await call()
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(20):
+                    await client.get("/ok")
+                    await call()
+                assert gc.collect() <= 20 * 15  # a connection that is opened anew leaves some, and an error far more
+            finally:
+                gc.enable()
 
 
 async def test_a_patient_item_at_a_shut_gate_is_not_burnt_when_its_bulk_is_ended(anyio_backend: str) -> None:
@@ -493,6 +537,28 @@ async def test_a_deadline_passes_whatever_the_server_does_and_the_error_tells_wh
     assert error.attempts == ()
     assert error.__cause__ is None
     assert [request.target for request in server.record.requests if request.method == method] == [f"/{path}/1"]
+
+
+async def test_a_slot_that_comes_after_the_deadline_is_of_no_use() -> None:
+    """The event loop was busy meanwhile, so that nobody could be told."""
+    with FaultServer() as server:
+        async with make(server, limits=httpx.Limits(max_connections=1)) as client:
+            await client.get("/ok/1")
+            slot = await client.pool.acquire()
+            async with anyio.create_task_group() as tasks:
+
+                async def post() -> None:
+                    with pytest.raises(DeadlineExceededError) as caught:
+                        await client.post("/ok/2", json=1, deadline=0.004)
+                    assert caught.value.phase == "queue"
+                    assert not caught.value.maybe_processed
+
+                tasks.start_soon(post)
+                await anyio.wait_all_tasks_blocked()
+                time.sleep(0.006)
+                slot.release()
+            assert (client.pool.stats.in_use, client.pool.stats.idle) == (0, 1)
+    assert [request.method for request in server.record.requests] == ["GET"]
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

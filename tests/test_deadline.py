@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import sys
 from contextlib import ExitStack
 from typing import Any
 
 import anyio
+import httpx
 import pytest
+import trio
 
+from layer_async import AsyncLayerClient, DeadlineExceededError
 from layer_async import _deadline as deadlines
-from layer_async._deadline import Scopes
+from layer_async._deadline import Scopes, Watch
+
+from .faultserver import FaultServer
 
 pytestmark = pytest.mark.anyio
 
@@ -130,6 +136,88 @@ async def test_one_long_deadline_leaves_the_others_their_timer_once_it_has_gone(
             assert timers() == before + 2
             await anyio.Event().wait()
     assert short.cancelled_caught
+
+
+class Blunt(asyncio.SelectorEventLoop):
+    """As uvloop does, it has no timer for what is due within a millisecond, and calls that too early."""
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
+        if when - self.time() < 0.001:
+            return self.call_soon(callback, *args, context=context)
+        return super().call_at(when, callback, *args, context=context)
+
+
+def test_a_deadline_that_is_due_at_once_has_no_timer_to_be_asked() -> None:
+    async def main() -> None:
+        watch, rung = Watch(asyncio.get_running_loop()), list[float]()
+        begun = watch.loop.time()
+        for seconds in (0.0005, 0.0005, 0.0002, 0.004, 0.004, 0.003):
+            watch.at(begun + seconds, functools.partial(rung.append, seconds))
+        while len(rung) < 6:
+            await asyncio.sleep(0)
+        assert sorted(rung) == [0.0002, 0.0005, 0.0005, 0.003, 0.004, 0.004]
+        assert watch.loop.time() - begun >= 0.003
+
+    with asyncio.Runner(loop_factory=Blunt) as runner:
+        runner.run(main())
+
+
+def test_calls_whose_time_is_nearly_over_fail_alone() -> None:
+    async def main(server: FaultServer) -> list[Any]:
+        limits = httpx.Limits(max_connections=1)
+        async with AsyncLayerClient(token1="one", token2="two", base_url=server.url, limits=limits) as client:
+            await client.get("/connection-close/1")
+            slot = await client.pool.acquire()
+            waiting = [asyncio.ensure_future(client.get("/ok", deadline=each)) for each in (0.0002, 0.0002, 5, 5)]
+            await asyncio.sleep(0.003)
+            slot.release()
+            queued = await asyncio.gather(*waiting, return_exceptions=True)
+            never = asyncio.gather(*(client.get("/never", deadline=0.0008) for _ in range(2)), return_exceptions=True)
+            sent = [*await never, *await asyncio.gather(client.get("/ok", deadline=5), client.get("/ok", deadline=6))]
+            assert client.pool.stats.in_use == 0
+        return [*queued, *sent]
+
+    with FaultServer() as server, asyncio.Runner(loop_factory=Blunt) as runner:
+        results = runner.run(main(server))
+    failed, fine = [results[n] for n in (0, 1, 4, 5)], [results[n] for n in (2, 3, 6, 7)]
+    assert all(isinstance(each, DeadlineExceededError) for each in failed)
+    assert all(each.status_code == 200 for each in fine)
+
+
+@pytest.mark.parametrize("is_guest_first", [True, False])
+def test_a_guest_and_its_host_have_each_their_own(is_guest_first: bool) -> None:
+    """trio may run within asyncio's loop."""
+
+    async def get(server: FaultServer) -> int:
+        limits = httpx.Limits(max_connections=1)
+        async with AsyncLayerClient(token1="one", token2="two", base_url=server.url, limits=limits) as client:
+            with anyio.fail_after(5):
+                slot = await client.pool.acquire()
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(client.get, "/ok")
+                    await anyio.wait_all_tasks_blocked() if is_guest_first else await anyio.sleep(0.001)
+                    slot.release()
+                return (await client.get("/ok")).status_code
+
+    async def guest(server: FaultServer) -> Any:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+        trio.lowlevel.start_guest_run(
+            get,
+            server,
+            run_sync_soon_threadsafe=loop.call_soon_threadsafe,
+            done_callback=done.set_result,
+            host_uses_signal_set_wakeup_fd=True,
+        )
+        return (await done).unwrap()
+
+    async def main(server: FaultServer) -> None:
+        for run in (guest, get) if is_guest_first else (get, guest):
+            assert await run(server) == 200
+
+    deadlines._scope_class.cache_clear()
+    with FaultServer() as server:
+        asyncio.run(main(server))
 
 
 def test_a_second_event_loop_leaves_the_first_its_deadlines() -> None:

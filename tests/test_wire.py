@@ -25,7 +25,7 @@ import pytest
 
 from benchmarks.origin import running_origin
 from layer_async import _wire
-from layer_async._exchange import ExchangeRecord
+from layer_async._exchange import DeadlinePassed, ExchangeRecord
 from layer_async._wire import Answer, Proxy, WireConnection, is_on_asyncio
 
 from .faultserver import Exchange, FaultServer, client_context, server_context
@@ -477,6 +477,25 @@ async def test_each_wait_has_its_timeout(server: FaultServer) -> None:
         with pytest.raises(httpcore.ReadTimeout):
             await call(connection, "/stall", timeout={"read": 0.01})
         assert connection._timer is None
+
+
+async def test_a_deadline_passes_though_the_socket_takes_all_of_the_body(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices: list[int] = []
+
+    def push(self: WireConnection, data: bytes | memoryview) -> None:
+        slices.append(len(data))
+        if len(slices) == 4:
+            self._deadline = 0.0
+
+    with connection_to(server) as connection:
+        await call(connection, "/ok")
+        monkeypatch.setattr(WireConnection, "_push", push)
+        fields = [(b"Host", b"127.0.0.1"), (b"Content-Length", b"1000000")]
+        with pytest.raises(DeadlinePassed):
+            await connection.exchange(b"PUT", b"/echo", fields, b"x" * 1_000_000, ExchangeRecord(), {}, deadline=60)
+    assert slices[1:] == [64 * 1024] * 3
 
 
 async def test_a_deadline_is_that_of_the_head_and_not_of_the_body(server: FaultServer) -> None:
