@@ -284,6 +284,7 @@ async def test_no_call_outlives_its_deadline(
     waiting = 10_000 if full else 500
     bounds = {"idle": 0.05, "loaded": 0.25} if full else {"idle": 0.5, "loaded": 1.0}
     worst = {}
+    gc.collect()  # what thousands of cancelled calls of the test before have left takes longer than the bound
     with FaultServer(tls=tls) as server:
         async with make(server, limits=httpx.Limits(max_connections=10)) as client:
             worst["idle"] = max(
