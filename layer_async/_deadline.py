@@ -99,19 +99,17 @@ class Scopes:
         watch = self._watch
         if watch is None or watch.loop is not loop:
             watch = self._watch = Watch(loop)  # another loop's goes on for as long as that has calls
-        kind = _kind(_scope_class())
-        scope: anyio.CancelScope = kind(deadline=math.inf if seconds is None else loop.time() + seconds)
+        scope: anyio.CancelScope = _scope_class()(deadline=math.inf if seconds is None else loop.time() + seconds)
         scope.watch = watch  # type: ignore[attr-defined]
         return scope
 
 
 @functools.cache
 def _scope_class() -> Any:
-    """What anyio makes on asyncio."""
-    return type(anyio.CancelScope())
+    """On asyncio, which anyio has to be asked about once."""
+    return _kind(type(anyio.CancelScope()))
 
 
-@functools.cache
 def _kind(base: Any) -> Any:
     """The class of anyio's scopes, but for its timers."""
     if not (hasattr(base, "_timeout") and hasattr(base, "_timeout_handle")):

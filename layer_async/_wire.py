@@ -606,8 +606,6 @@ class WireConnection:
         for count, start in enumerate(range(0, len(view), SLICE)):
             if self._is_refused():
                 return
-            if self._loop.time() >= self._deadline:  # where the socket takes all, nothing is waited for
-                raise DeadlinePassed
             self._push(view[start : start + SLICE])
             await self._drain(timeout)
             if count % FAIR_SHARE == FAIR_SHARE - 1:
@@ -709,6 +707,8 @@ class WireConnection:
 
     async def _drain(self, timeout: float | None) -> None:
         """Wait until the outbox is empty, or the server wants no more."""
+        if self._loop.time() >= self._deadline:  # where the socket takes all, nothing is waited for
+            raise DeadlinePassed
         while self._outbox and not self._is_refused():
             try:
                 await self._wait(DRAINED, timeout)

@@ -485,6 +485,45 @@ async def test_a_request_is_made_only_where_somebody_can_see_it(
     assert requests == ["GET"]
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_tool_that_stays_is_looked_for_once_a_call_and_one_that_goes_is_not_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[bool] = []
+    requests: list[Any] = []
+    is_wired, request = lean.Lane._is_wired, lean._request
+
+    def look(self: lean.Lane, extensions: Any) -> bool:
+        looks.append(is_wired(self, extensions))
+        return looks[-1]
+
+    def make_request(*args: Any) -> httpx.Request:
+        requests.append(args)
+        return request(*args)
+
+    monkeypatch.setattr(lean.Lane, "_is_wired", look)
+    monkeypatch.setattr(lean, "_request", make_request)
+    with FaultServer() as server:
+        server.behaviours |= answers()
+        async with make(server) as client:
+            with pytest.MonkeyPatch.context() as patch:
+                original = httpx.AsyncHTTPTransport.handle_async_request
+
+                async def passing_on(self: Any, request: httpx.Request) -> httpx.Response:
+                    return await original(self, request)
+
+                patch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", passing_on)
+                for _ in range(3):
+                    await client.get("/json/1", into=Any)
+                assert looks == [False] * 4  # twice in the first
+            looks.clear()
+            await client.get("/json/1", into=Any)
+            requests.clear()
+            await client.get("/json/1", into=Any)
+            assert looks == [True, True]
+            assert not requests
+
+
 async def test_a_refusal_counts_against_the_pair_that_was_sent_not_the_one_that_came_meanwhile() -> None:
     asked: list[int] = []
     held, renewed = threading.Event(), threading.Event()

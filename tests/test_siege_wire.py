@@ -385,10 +385,8 @@ async def test_a_crowd_takes_linear_time_and_does_not_stall_the_loop(
     full: bool, report: list[str], promise_record: PromiseRecord
 ) -> None:
     few, many = (10_000, 100_000) if full else (200, 1_000)
-    # Of this process's CPU: who else keeps the machine busy is nothing to this. Bare tasks do not take linear time
-    # either: what waits is walked over by the garbage collector, and too much for the processor's caches.
-    seconds: dict[int, float] = {}
-    bare: dict[int, float] = {}
+    seconds: dict[int, float] = {}  # of this process's CPU: who else keeps the machine busy is nothing to this
+    bare: dict[int, float] = {}  # the same of bare tasks, for comparison
     stall: dict[str, float] = {}
     with running_origin(tls=False, latency=0, size=2048) as origin:
         async with client_for(origin, deadline=None) as client:
@@ -412,7 +410,7 @@ async def test_a_crowd_takes_linear_time_and_does_not_stall_the_loop(
         started = time.process_time()
         stall["bare"] = await longest_stall(lambda count=count: bare_crowd(count))  # type: ignore[misc]
         bare[count] = time.process_time() - started
-    growth = seconds[many] / seconds[few] / max(bare[many] / bare[few], many / few)
+    growth = seconds[many] / seconds[few] / (many / few)
     report.append(
         f"{seconds[few]:.2f} s for {few}, {seconds[many]:.2f} s for {many}, "
         f"bare tasks {bare[few]:.2f} and {bare[many]:.2f} s, "
@@ -421,7 +419,7 @@ async def test_a_crowd_takes_linear_time_and_does_not_stall_the_loop(
     assert growth <= (1.35 if full else 3)
     assert stall["calls"] <= (4 * stall["bare"] if full else stall["bare"] + 1.5)
     promise_record(
-        "CPU for 100,000 calls at once: its growth from 10,000, to that of bare tasks",
+        "CPU for 100,000 calls at once, to ten times that for 10,000",
         promised="linear (≤ 1.35 times)",
         measured="{:.2f} times",
         most=growth,
@@ -505,7 +503,7 @@ async def test_callers_in_a_closed_loop_wait_about_as_long_as_each_other(
     full: bool, report: list[str], promise_record: PromiseRecord
 ) -> None:
     callers, slots, seconds = (1_000, 100, 10.0) if full else (200, 20, 0.4)
-    waits: list[list[float]] = [[] for _ in range(10)]  # by tenths of the time: others stop this process now and then
+    waits: list[float] = []
     turns: list[int] = []
     with running_origin(tls=True, latency=0, size=2048) as origin:
         async with client_for(origin, slots) as client:
@@ -517,16 +515,16 @@ async def test_callers_in_a_closed_loop_wait_about_as_long_as_each_other(
                 while (began := time.perf_counter()) - start < seconds:
                     await client.get(f"/ok/{name}/{number}")
                     number += 1
-                    waits[min(9, int((began - start) / seconds * 10))].append(time.perf_counter() - began)
+                    if began - start > seconds / 4:
+                        waits.append(time.perf_counter() - began)
                 turns.append(number)
 
             async with asyncio.TaskGroup() as tasks:
                 for name in range(callers):
                     tasks.create_task(caller(name))
-    cuts = sorted((statistics.quantiles(each, n=100) for each in waits[2:]), key=lambda cut: cut[98] / cut[49])
-    cut = cuts[len(cuts) // 2]
-    ratio = cut[98] / cut[49]
-    report.append(f"{sum(turns)} calls, p50 {cut[49] * 1e3:.1f} ms, p99 {cut[98] * 1e3:.1f} ms, {ratio:.2f} times")
+    cuts = statistics.quantiles(waits, n=100)
+    ratio = cuts[98] / cuts[49]
+    report.append(f"{len(waits)} calls, p50 {cuts[49] * 1e3:.1f} ms, p99 {cuts[98] * 1e3:.1f} ms, {ratio:.2f} times")
     assert max(turns) - min(turns) <= 2  # whatever stops this process meanwhile
     if full:
         assert ratio <= 1.3
