@@ -93,14 +93,15 @@ class ItemRecord:
     429s, each in a block of `waiting()`; `is_in_outage` says whether the bulk waits for the server to come back.
 
     From the call: `attempts`, how many were made for the item (None: its call does not say), and `last_attempts`, what
-    the latest request met; `has_acted`: something was done for it that must not be done twice; `outage`: this exception
-    says that the server is away; `refusal`: this one that it refuses everything. `is_given_up`: it was still waiting
-    when the bulk was stopped.
+    the latest request met; `is_cut_short`: only the budget or an outage denied it another; `has_acted`: something was
+    done for it that must not be done twice; `outage`: this exception says that the server is away; `refusal`: this one
+    that it refuses everything. `is_given_up`: it was still waiting when the bulk was stopped.
     """
 
     __slots__ = (
         "attempts",
         "has_acted",
+        "is_cut_short",
         "is_given_up",
         "is_in_outage",
         "is_open",
@@ -123,6 +124,7 @@ class ItemRecord:
         self.is_in_outage = is_in_outage
         self.attempts: int | None = None
         self.last_attempts: Sequence[AttemptInfo] = ()
+        self.is_cut_short = False
         self.has_acted = False
         self.outage: Exception | None = None
         self.refusal: Exception | None = None
@@ -612,7 +614,7 @@ class Bulk(Generic[K, V, T]):
         return cast(Outage, self._outage).missed(
             setback,
             failing_since=anyio.current_time() - since,
-            tried_again=len(attempts) > 1,
+            tried_again=len(attempts) > 1 and not record.is_cut_short,
             asked=getattr(error, "retry_after", None),
         )
 

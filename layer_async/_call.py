@@ -634,6 +634,7 @@ class Call:
         record = self.record
         item.attempts = (item.attempts or 0) + len(record.attempts)
         item.last_attempts = record.attempts
+        item.is_cut_short = record.is_cut_short
         if record.maybe_processed or (done and not self._is_safe()):
             item.has_acted = True
 

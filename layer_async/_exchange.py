@@ -67,11 +67,12 @@ class ExchangeRecord:
     somebody has wanted it. `idempotent` is the caller's word on an unsafe method. `is_patient`: the call belongs to a
     bulk, and waits out any number of 429s, each in a block of `waiting`, which may end it. `is_in_outage` says whether
     that bulk waits for the server to come back, so that the call is not to try again by itself. `is_outage`: its last
-    failure may be one of many like it. `fresh` asks the transport for a new connection, since an idle one has just
-    turned out to be dead. `source_error` is what the source of the tokens raised: no matter of the API's, whatever its
-    class. `gate` is where each attempt asks, `gate_limit` for how many seconds it may be shut, `turn` the number that
-    the last attempt got there; `scope` bounds the call. `started` is when the attempt began. `sent` is a first attempt
-    that was made before there was a request. What is not set yet costs nothing: it is the class's.
+    failure may be one of many like it. `is_cut_short`: only the budget, or that bulk's outage, denied it another
+    attempt. `fresh` asks the transport for a new connection, since an idle one has just turned out to be dead.
+    `source_error` is what the source of the tokens raised: no matter of the API's, whatever its class. `gate` is where
+    each attempt asks, `gate_limit` for how many seconds it may be shut, `turn` the number that the last attempt got
+    there; `scope` bounds the call. `started` is when the attempt began. `sent` is a first attempt that was made before
+    there was a request. What is not set yet costs nothing: it is the class's.
     """
 
     bytes_written: int | None = None
@@ -89,6 +90,7 @@ class ExchangeRecord:
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext
     is_in_outage: Callable[[], bool] | None = None
     is_outage: bool = False
+    is_cut_short: bool = False
     fresh: bool = False
     source_error: Exception | None = None
     gate: Passable | None = None
@@ -114,7 +116,7 @@ class ExchangeRecord:
     def begin_attempt(self) -> None:
         """Forget what the transport wrote for the attempt before."""
         self.bytes_written = self.response_started = self.head_received = self.says_more = self.reused = None
-        self.is_outage = False
+        self.is_outage = self.is_cut_short = False
         self.started = time.perf_counter()
 
     def release_slot(self) -> None:

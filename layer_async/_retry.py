@@ -332,6 +332,7 @@ class RetryMiddleware:
             decision = attrs.evolve(decision, retry=False, refused="budget")
         elif decision.retry and failure.row.outage and record.is_in_outage is not None and record.is_in_outage():
             decision = attrs.evolve(decision, retry=False, refused="outage")
+        record.is_cut_short = decision.refused in ("budget", "outage")
         record.is_outage = failure.row.outage or decision.refused == "budget"
         earlier.append(failure)
         record.maybe_processed = record.maybe_processed or (failure.processed and not safe)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import attrs
 import msgspec
@@ -98,20 +98,26 @@ class FetchError(LayerError):
 class Fetch:
     """`layer-async fetch --resume`, in a process of its own while the block lasts; it tells of its calls.
 
-    `on_told` is called with what it says; `patience` is after how many seconds it is ended.
+    `on_told` is called with what it says; `patience` is after how many seconds it is ended. `said` is a file for what
+    it says to people, after what its like said there before: an error shows it all.
     """
 
     def __init__(
-        self, arguments: list[str], environment: dict[str, str], on_told: Callable[[Meter], None], patience: float
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        on_told: Callable[[Meter], None],
+        patience: float,
+        said: IO[bytes],
     ) -> None:
         self.meter: Meter = Meter()
         self._on_told = on_told
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed at the end of the block)
+        self._said = said
         self._process = subprocess.Popen(  # noqa: S603 (our own interpreter, our own arguments)
             [*FETCH, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=said,
             env=environment,
             start_new_session=True,  # the Ctrl-C of the terminal is for us alone
         )
@@ -126,7 +132,6 @@ class Fetch:
         self.kill()
         assert self._process.stdout is not None
         self._process.stdout.close()
-        self._said.close()
         self._timer.cancel()
 
     def kill(self) -> None:
@@ -315,13 +320,19 @@ def run_demo(*, documents: int, seed: int, file: Path, on_told: Callable[[Meter]
     except RuntimeError as exc:
         raise LayerError(f"{exc}.") from exc
     try:
-        with sandbox, tempfile.TemporaryDirectory(prefix="layer-async-tokens-") as private:
-            return fetch_account(sandbox, file, Path(private), on_told)
+        with (
+            sandbox,
+            tempfile.TemporaryDirectory(prefix="layer-async-tokens-") as private,
+            tempfile.TemporaryFile() as said,
+        ):
+            return fetch_account(sandbox, file, Path(private), said, on_told)
     except (ConnectionError, TimeoutError, HTTPException) as exc:
         raise LayerError(f"the sandbox's process has gone, and its record with it: {exc}.") from exc
 
 
-def fetch_account(sandbox: SandboxProcess, file: Path, private: Path, on_told: Callable[[Meter], None]) -> Run:
+def fetch_account(
+    sandbox: SandboxProcess, file: Path, private: Path, said: IO[bytes], on_told: Callable[[Meter], None]
+) -> Run:
     """Fetch every document of `sandbox`: rotate its tokens, take it away for a while, kill the fetch, resume it."""
     paths = paths_of(sandbox)
     total = len(paths)
@@ -333,7 +344,7 @@ def fetch_account(sandbox: SandboxProcess, file: Path, private: Path, on_told: C
     patience = PATIENCE + total / 50
     started = time.perf_counter()
 
-    with Fetch(arguments, environment, on_told, patience) as killed:
+    with Fetch(arguments, environment, on_told, patience, said) as killed:
         killed.until(lambda _: killed.meter.documents >= total // 6)
         keep_tokens(private, sandbox.next_tokens())
         sandbox.rotate()
@@ -349,7 +360,7 @@ def fetch_account(sandbox: SandboxProcess, file: Path, private: Path, on_told: C
     kill = look_after_the_kill(sandbox, file)
     on_told(Meter(documents=kill.settled - killed.meter.documents))  # what was not noted as done is fetched again
 
-    with Fetch(arguments, environment, on_told, patience) as resumed:
+    with Fetch(arguments, environment, on_told, patience, said) as resumed:
         resumed.until_the_end()
 
     return Run(

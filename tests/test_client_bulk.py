@@ -132,6 +132,33 @@ async def test_what_fails_for_want_of_budget_only_is_held(router: respx.MockRout
             assert all([outcome.ok async for outcome in outcomes])
 
 
+async def test_what_was_denied_an_attempt_is_held_though_others_were_answered_meanwhile(
+    router: respx.MockRouter,
+) -> None:
+    """An outage that begins with the second attempt of an item: it is no trouble of its own."""
+    others = anyio.Event()
+    answers = iter([500, 503, 200])
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        code = next(answers)
+        if code == 503:
+            await others.wait()  # all of them were sent since it failed first
+            client._corridor.identity.budget.withdraw(60)
+        return httpx.Response(code, json={})
+
+    router.get("/api/0").mock(side_effect=answer)
+    router.route().mock(httpx.Response(200, json={}))
+    policy = RetryPolicy(attempts=3, backoff_initial=1e-9, backoff_max=1e-9)
+    async with make(retry=policy) as client, client.bulk(PATHS[:20], workers=2) as outcomes:
+        got = {}
+        async for outcome in outcomes:
+            got[outcome.item] = outcome
+            if len(got) == 19:
+                others.set()
+    assert all(outcome.ok for outcome in got.values())
+    assert got["/api/0"].attempts == 3
+
+
 @pytest.mark.parametrize("fail", [httpx.Response(500), httpx.Response(501), httpx.Response(404)], ids=str)
 async def test_an_answer_that_is_final_is_an_outcome(router: respx.MockRouter, fail: httpx.Response) -> None:
     router.route().mock(side_effect=Away(fail))

@@ -459,6 +459,16 @@ def test_a_fetch_that_fails_is_told_with_all_that_it_said(
     assert err.endswith(told)
 
 
+def test_a_resumed_fetch_that_fails_is_told_with_what_the_killed_one_said_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_small: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    fetch_by(monkeypatch, f"{PULL} print('it is lost', file=sys.stderr, flush=True); sys.exit(main(paths, out))", FAILS)
+    assert run_small("--out", str(tmp_path)) == 4
+    err = capfd.readouterr().err
+    assert err.startswith("layer-async: it is lost\n")
+    assert err.endswith("layer-async: it hurts\nlayer-async: here\nlayer-async: the fetch ended with 4.\n")
+
+
 def test_a_folder_that_cannot_be_used_is_told(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, children: list[Any]
 ) -> None:
