@@ -6,6 +6,7 @@ import gc
 import ipaddress
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -21,6 +22,9 @@ for name in [
     if name.upper().startswith(("LAYER_TOKEN", "LAYER_BASE", "PYTEST_ADDOPTS")) or name.upper().endswith("_PROXY")
 ]:
     del os.environ[name]
+
+# A shell's background job has Ctrl-C ignored, and so would all that it starts; the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _refuse_foreign_connects(event: str, args: tuple[Any, ...]) -> None:
