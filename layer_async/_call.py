@@ -281,9 +281,17 @@ class Call:
         done = False
         try:
             # What waits for its slot, or for an open connection, is bounded by those: that takes no scope.
-            sent = None
-            if self._is_queued() and (self._is_admitted() or await self._is_admitted_in_turn(started)):
-                sent = self._drawn()
+            sent, pool = None, self._queue()
+            if pool is not None:
+                record.slot = pool.acquire_nowait()
+                if record.slot is None:
+                    try:  # here, since a coroutine more would be one for each of a hundred thousand that may wait
+                        record.slot = await pool.acquire(settings.deadline)
+                    except SlotTimeout:
+                        raise self._deadline_exceeded() from None
+                    self._look_again(started)
+                if record.slot is not None:
+                    sent = self._drawn()
             if sent is not None and sent.connection is not None:
                 value, sent = await self._unseen(sent, self._seconds_left(started)), None
             if value is MORE:
@@ -352,7 +360,7 @@ class Call:
 
     def _context(self) -> ErrorContext:
         record = self.record
-        return ErrorContext(self.info, tuple(record.attempts), record.maybe_processed, record.response_started)
+        return ErrorContext(self.info, record.attempts, record.maybe_processed, record.response_started)
 
     # The steps
 
@@ -363,6 +371,22 @@ class Call:
         one, calls build their requests and queue then.
         """
         return self.corridor.pool is not None and not self.corridor.middleware
+
+    def _queue(self) -> ConnectionPool | None:
+        """Where it waits for its slot first of all; None where a gate has to be asked before."""
+        gate = self.corridor.identity.gate
+        if not self._is_queued() or not (gate is None or gate.is_off):
+            return None
+        self._be_open()
+        return self.corridor.pool
+
+    def _look_again(self, started: float) -> None:
+        """What may have happened while it stood in the queue: there may be no time left, or a gate that asks."""
+        gate = self.corridor.identity.gate
+        if self._seconds_left(started) == 0:  # others kept the event loop busy for as long
+            raise self._deadline_exceeded()
+        if gate is not None and not gate.is_off:
+            self.record.release_slot()
 
     def _drawn(self) -> Any:
         lane = self.corridor.lane
@@ -512,28 +536,6 @@ class Call:
         seconds = self.settings.deadline
         return None if seconds is None else max(0.0, seconds + started - time.perf_counter())
 
-    def _is_admitted(self) -> bool:
-        """Take a slot, where neither gate nor queue has to be waited for."""
-        record, pool, gate = self.record, self.corridor.pool, self.corridor.identity.gate
-        if pool is not None and (gate is None or gate.is_off):
-            self._be_open()
-            record.slot = pool.acquire_nowait()
-        return record.slot is not None
-
-    async def _is_admitted_in_turn(self, started: float) -> bool:
-        """Wait for a slot, where no gate has to be asked."""
-        record, pool, gate = self.record, self.corridor.pool, self.corridor.identity.gate
-        if pool is not None and (gate is None or gate.is_off):
-            try:
-                record.slot = await pool.acquire(self.settings.deadline)
-            except SlotTimeout:
-                raise self._deadline_exceeded() from None
-            if self._seconds_left(started) == 0:  # others kept the event loop busy for as long
-                raise self._deadline_exceeded()
-            if gate is not None and not gate.is_off:
-                record.release_slot()  # it shut while the call stood in the queue
-        return record.slot is not None
-
     def _be_open(self) -> None:
         if self.corridor.is_closed():
             raise ClientClosedError("the client is closed.")
@@ -657,10 +659,13 @@ class Call:
 
     def _error_in(self, response: httpx.Response) -> LayerError | None:
         """What `response` means, where that is no answer: its status, or a redirect where a document is wanted."""
-        code, secrets = response.status_code, self.corridor.identity.auth.secrets
+        code = response.status_code
+        if code < 300:
+            return None
+        secrets = self.corridor.identity.auth.secrets
         if code >= 400:
             return status_error(response, response.content, retry_after=retry_after(response), secrets=secrets)
-        if not 300 <= code <= 399 or self._gives_response:
+        if self._gives_response:
             return None
         target = response.next_request
         where = "nowhere" if target is None else str(Origin.of_url(target.url))
@@ -705,7 +710,7 @@ class Call:
         if error.request is None:
             error.request = self.info
         if not error.attempts:
-            error.attempts = tuple(record.attempts)
+            error.attempts = record.attempts
         error.maybe_processed = error.maybe_processed or record.maybe_processed
 
 

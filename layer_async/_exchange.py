@@ -83,7 +83,7 @@ class ExchangeRecord:
     info: RequestInfo | None = None
     phase: str = "queue"
     slot: Releasable | None = None
-    attempts: list[AttemptInfo]
+    attempts: tuple[AttemptInfo, ...] = ()
     maybe_processed: bool = False
     idempotent: bool | None = None
     is_patient: bool = False
@@ -101,7 +101,6 @@ class ExchangeRecord:
     sent: Any = None
 
     def __init__(self, **known: Any) -> None:
-        self.attempts = []
         if known:
             self.__dict__.update(known)
 
@@ -198,6 +197,19 @@ def retry_after(response: httpx.Response) -> float | None:
         return None
     return until - now
 
+
+def _show_all_attributes() -> None:
+    """Have one record with all that a record can have.
+
+    CPython gives instances a table in place of a dict for the attributes that it has seen in the first thirty of them.
+    Where those are of a crowd that queues they have few, and all records there ever are would have a dict too.
+    """
+    record = ExchangeRecord()
+    for name in ExchangeRecord.__annotations__:
+        setattr(record, name, getattr(ExchangeRecord, name))
+
+
+_show_all_attributes()
 
 READERS = "layer_async.readers"  # in the extensions of a response, which no pickle of it takes along
 

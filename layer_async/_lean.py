@@ -419,37 +419,32 @@ def _request(
 ) -> httpx.Request:
     """What `httpx.Request` makes of this."""
     request = QuietRequest.__new__(QuietRequest)
-    request.__dict__.update(
-        method=method,
-        url=url,
-        headers=_headers(entries),
-        extensions=extensions,
-        stream=httpx.ByteStream(content) if content else NO_BODY,
-        _content=content,
-    )
+    request.method = method
+    request.url = url
+    request.headers = _headers(entries)
+    request.extensions = extensions
+    request.stream = httpx.ByteStream(content) if content else NO_BODY
+    request._content = content
     return request
 
 
 def _response(request: httpx.Request, answer: Any, stream: Any, network_stream: Any) -> httpx.Response:
     """What httpx makes of an answer that has not been read."""
     response = httpx.Response.__new__(httpx.Response)
-    response.__dict__.update(
-        status_code=answer.status,
-        headers=_headers([(name, name.lower(), value) for name, value in answer.headers]),
-        _request=request,
-        next_request=None,
-        extensions={
-            "http_version": answer.http_version,
-            "reason_phrase": answer.reason,
-            "network_stream": network_stream,
-        },
-        history=[],
-        is_closed=False,
-        is_stream_consumed=False,
-        default_encoding="utf-8",
-        stream=AsyncResponseStream(stream),
-        _num_bytes_downloaded=0,
-    )
+    response.status_code = answer.status
+    response.headers = _headers([(name, name.lower(), value) for name, value in answer.headers])
+    response._request = request
+    response.next_request = None
+    response.extensions = {
+        "http_version": answer.http_version,
+        "reason_phrase": answer.reason,
+        "network_stream": network_stream,
+    }
+    response.history = []
+    response.is_closed = response.is_stream_consumed = False
+    response.default_encoding = "utf-8"
+    response.stream = AsyncResponseStream(stream)
+    response._num_bytes_downloaded = 0
     return response
 
 

@@ -160,7 +160,8 @@ class _Waiter:
         self.future: Any = loop.create_future() if hasattr(loop, "create_future") else None
         self.event: Any = anyio.Event() if self.future is None else None
 
-    def wake(self) -> None:
+    def __call__(self) -> None:
+        """Wake it."""
         if self.future is None:
             self.event.set()
         elif not self.future.done():
@@ -243,7 +244,7 @@ class ConnectionPool:
                 await waiter.wait(timeout)
             else:
                 if timeout is not None:
-                    alarm = self._watch.at(self._watch.loop.time() + timeout, waiter.wake)
+                    alarm = self._watch.at(self._watch.loop.time() + timeout, waiter)
                 await waiter.future
         except BaseException:
             if waiter.slot is not None:
@@ -295,7 +296,7 @@ class ConnectionPool:
         if self._waiters:
             waiter, _ = self._waiters.popitem(last=False)
             waiter.slot = self._hand_out()
-            waiter.wake()
+            waiter()
 
     # Connections
 
@@ -387,7 +388,7 @@ class ConnectionPool:
                 connection.abandon()
         if at_home:
             for waiter in waiters:
-                waiter.wake()
+                waiter()
 
 
 _process: object = object()  # another one in each process; asking the system for the process's number costs more

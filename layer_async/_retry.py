@@ -366,7 +366,7 @@ class RetryMiddleware:
         record.fresh = False
         number = len(record.attempts) + 1
         elapsed = time.perf_counter() - record.started
-        record.attempts.append(AttemptInfo(number, outcome, status_code, elapsed, delay))
+        record.attempts += (AttemptInfo(number, outcome, status_code, elapsed, delay),)
         if delay is None and not hears_all(self._observer):
             return
         info = record.info = record.info or RequestInfo.of(cast(httpx.Request, request))

@@ -65,7 +65,7 @@ def test_a_new_attempt_forgets_the_transports_notes_and_nothing_else() -> None:
         response_started=True,
         head_received=True,
         reused=True,
-        attempts=[attempt],
+        attempts=(attempt,),
         maybe_processed=True,
         idempotent=True,
         is_patient=True,
@@ -75,7 +75,7 @@ def test_a_new_attempt_forgets_the_transports_notes_and_nothing_else() -> None:
     record.begin_attempt()
     assert (record.bytes_written, record.response_started, record.head_received, record.reused) == (None,) * 4
     assert record.says_more is None
-    assert record.attempts == [attempt]
+    assert record.attempts == (attempt,)
     assert (record.maybe_processed, record.idempotent, record.is_patient) == (True, True, True)
     assert record.fresh
 

@@ -560,7 +560,7 @@ async def test_any_other_exception_passes_untouched(error: BaseException) -> Non
         await bench.send(request, script)
     assert caught.value is error
     assert script.calls == 1
-    assert ExchangeRecord.of(request).attempts == []
+    assert ExchangeRecord.of(request).attempts == ()
     assert bench.events == []
 
 
@@ -585,7 +585,7 @@ async def test_what_the_source_of_the_tokens_raised_is_no_attempt_whatever_its_c
     bench = Bench()
     with pytest.raises(MalformedResponseError):
         await bench.send(request, script)
-    assert record.attempts == []
+    assert record.attempts == ()
     assert not record.maybe_processed
 
 
