@@ -4,10 +4,9 @@
       _unseen        a first attempt without a request, where nobody could see one; at once, if an open connection is at
                      hand, else in here:
       _bounded       open the scope of the deadline
-        _value         wait for the first slot behind the gate
-          _respond       build the request; the user's middleware
-            RetryMiddleware
-              _attempt     gate, slot, httpx send (DualTokenAuth attaches the tokens), same-origin redirects, read
+        _value         wait for the first slot behind the gate; build the request; the user's middleware
+          RetryMiddleware
+            _attempt     gate, slot, httpx send (DualTokenAuth attaches the tokens), same-origin redirects, read
 
 Rules: a call holds at most one slot, and none while it sleeps, refreshes tokens or waits at the gate; whatever ends a
 call, its slot is free when the call returns, without an await. There is no second path: verbs, stream, bulk and the
@@ -428,7 +427,11 @@ class Call:
                 value = await self._unseen(sent, None)
                 if value is not MORE:
                     return value
-            response = await self._respond()
+            request, retry = self._prepared(), self.corridor.identity.retry(self.settings.retry)
+            if self.corridor.middleware:
+                response = await self._through_middleware(request, retry)
+            else:
+                response = await retry(request, self._attempt)
         except (httpx.RequestError, httpx.InvalidURL) as exc:
             if exc is self.record.source_error:
                 raise
@@ -483,18 +486,14 @@ class Call:
             return response
         return self.reader(response) if self.reader is not None else _codec().decode(response, self.into)
 
-    async def _respond(self) -> httpx.Response:
-        corridor, request = self.corridor, self._prepared()
-        retry = corridor.identity.retry(self.settings.retry)
-        if not corridor.middleware:
-            return await retry(request, self._attempt)
+    async def _through_middleware(self, request: httpx.Request, retry: RetryMiddleware) -> httpx.Response:
         send = _wrap(retry, self._attempt)
-        for middleware in reversed(corridor.middleware):
+        for middleware in reversed(self.corridor.middleware):
             send = _wrap(middleware, send)
         response = await send(request)
         if not isinstance(response, httpx.Response):
             raise TypeError(f"a middleware must return an httpx.Response, not {type(response).__name__}")
-        if corridor.middleware and not response.is_closed and self._is_to_be_read(response):
+        if not response.is_closed and self._is_to_be_read(response):
             # It made the answer itself, or had it from elsewhere.
             await self._read(response)
         return response
