@@ -608,12 +608,9 @@ class Bulk(Generic[K, V, T]):
 
     def _is_outage(self, setback: Setback, record: ItemRecord, error: Exception | None) -> bool:
         attempts = record.last_attempts
-        since = sum(attempt.elapsed for attempt in attempts[-1:]) + sum(
-            attempt.delay or 0.0 for attempt in attempts[-2:]
-        )
         return cast(Outage, self._outage).missed(
             setback,
-            failing_since=anyio.current_time() - since,
+            sent=anyio.current_time() - (attempts[-1].elapsed if attempts else 0.0),
             tried_again=len(attempts) > 1 and not record.is_cut_short,
             asked=getattr(error, "retry_after", None),
         )

@@ -98,14 +98,14 @@ class Outage:
             self._asked_until = -math.inf
             self._wake_all()
 
-    def missed(self, setback: Setback, *, failing_since: float, tried_again: bool, asked: float | None = None) -> bool:
+    def missed(self, setback: Setback, *, sent: float, tried_again: bool, asked: float | None = None) -> bool:
         """An item met what may be an outage; whether it is held. False: it is its own trouble.
 
-        `failing_since` is when the last attempt but one of its call had failed, `tried_again` whether there was one and
-        its call was denied no other; `asked` is for how long the server wants to be left alone.
+        `sent` is when the last attempt of its call was, `tried_again` whether that was not the first, and its call was
+        denied no other; `asked` is for how long the server wants to be left alone.
         """
         now = self._clock()
-        if tried_again and self.began is None and self._last_answered > failing_since:
+        if tried_again and self.began is None and self._last_answered > sent:
             return False
         if self._last_answered > setback.failed_at:
             setback.strikes += 1

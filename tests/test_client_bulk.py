@@ -159,6 +159,28 @@ async def test_what_was_denied_an_attempt_is_held_though_others_were_answered_me
     assert got["/api/0"].attempts == 3
 
 
+async def test_what_met_an_outage_with_its_last_attempt_is_held_though_others_were_answered_before(
+    router: respx.MockRouter,
+) -> None:
+    others = anyio.Event()
+
+    async def sleep_until_the_others_are_done(seconds: float) -> None:
+        await others.wait()
+
+    router.get("/api/0").mock(side_effect=[httpx.Response(code, json={}) for code in (500, 503, 200)])
+    router.route().mock(httpx.Response(200, json={}))
+    async with make(retry=RetryPolicy(attempts=2)) as client:
+        client._corridor.identity._retry._sleep = sleep_until_the_others_are_done
+        async with client.bulk(PATHS[:20], workers=2) as outcomes:
+            got = {}
+            async for outcome in outcomes:
+                got[outcome.item] = outcome
+                if len(got) == 19:
+                    others.set()
+    assert all(outcome.ok for outcome in got.values())
+    assert got["/api/0"].attempts == 3
+
+
 @pytest.mark.parametrize("fail", [httpx.Response(500), httpx.Response(501), httpx.Response(404)], ids=str)
 async def test_an_answer_that_is_final_is_an_outcome(router: respx.MockRouter, fail: httpx.Response) -> None:
     router.route().mock(side_effect=Away(fail))

@@ -43,10 +43,8 @@ class Server:
         self.outage.give_up()
 
     def miss(self, setback: Setback | None = None, *, tail: float = 0.0, asked: float | None = None) -> bool:
-        """An item fails now, whose call had failed first `tail` seconds ago."""
-        return self.outage.missed(
-            setback or Setback(), failing_since=self.clock.now - tail, tried_again=tail > 0, asked=asked
-        )
+        """An item fails now, which was sent, for a second time, `tail` seconds ago."""
+        return self.outage.missed(setback or Setback(), sent=self.clock.now - tail, tried_again=tail > 0, asked=asked)
 
     def break_down(self) -> None:
         for _ in range(MISSES):
@@ -96,7 +94,7 @@ async def test_an_item_that_fails_while_others_are_answered_has_its_own_trouble(
     server.clock.now += 3
     server.outage.answered(server.clock.now - 1)
     assert not server.miss(tail=2.0)
-    assert server.miss(tail=0.5)  # the others were sent before it failed first
+    assert server.miss(tail=0.5)  # the others were sent before
     assert server.miss()  # no second attempt: the budget was spent
 
 
