@@ -283,13 +283,13 @@ class Call:
             sent, pool = None, self._queue()
             if pool is not None:
                 record.slot = pool.acquire_nowait()
-                if record.slot is None:
+                has_waited = record.slot is None
+                if has_waited:
                     try:  # here, since a coroutine more would be one for each of a hundred thousand that may wait
                         record.slot = await pool.acquire(settings.deadline)
                     except SlotTimeout:
                         raise self._deadline_exceeded() from None
-                    self._look_again(started)
-                if record.slot is not None:
+                if not has_waited or self._may_go_on(started):
                     sent = self._drawn()
             if sent is not None and sent.connection is not None:
                 value, sent = await self._unseen(sent, self._seconds_left(started)), None
@@ -379,13 +379,15 @@ class Call:
         self._be_open()
         return self.corridor.pool
 
-    def _look_again(self, started: float) -> None:
-        """What may have happened while it stood in the queue: there may be no time left, or a gate that asks."""
+    def _may_go_on(self, started: float) -> bool:
+        """Whether nothing happened while it stood in the queue: no time may be left, or a gate may ask."""
         gate = self.corridor.identity.gate
         if self._seconds_left(started) == 0:  # others kept the event loop busy for as long
             raise self._deadline_exceeded()
         if gate is not None and not gate.is_off:
             self.record.release_slot()
+            return False
+        return True
 
     def _drawn(self) -> Any:
         lane = self.corridor.lane
