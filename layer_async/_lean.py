@@ -417,7 +417,7 @@ def _headers(entries: list[HeaderEntry]) -> httpx.Headers:
 def _request(
     method: str, url: httpx.URL, entries: list[HeaderEntry], content: bytes, extensions: dict[str, Any]
 ) -> httpx.Request:
-    """What `httpx.Request` makes of this."""
+    """What `httpx.Request` makes of this. Not by way of its `__dict__`: who asks for that makes one for good."""
     request = QuietRequest.__new__(QuietRequest)
     request.method = method
     request.url = url
@@ -429,7 +429,7 @@ def _request(
 
 
 def _response(request: httpx.Request, answer: Any, stream: Any, network_stream: Any) -> httpx.Response:
-    """What httpx makes of an answer that has not been read."""
+    """What httpx makes of an answer that has not been read; without a `__dict__`, as `_request`."""
     response = httpx.Response.__new__(httpx.Response)
     response.status_code = answer.status
     response.headers = _headers([(name, name.lower(), value) for name, value in answer.headers])

@@ -3,9 +3,9 @@
 Rules: an outage is some failures in a row that look like it, with no answer between, or a server that wants to be left
 alone for long. While it lasts, one item at a time is tried, a probe, after a wait drawn from 0 to a bound that doubles
 up to 10 s (full jitter); all others wait in line, in the order of their arrival. The first answer to what was sent
-after its beginning ends it. An item that fails again, with no outage on, though others have been answered that were
-sent since the time before, has its own trouble: it is settled as it is, and holds up nobody. Times are seconds of one
-clock. This room knows neither calls nor outcomes.
+after its beginning ends it. An item has its own trouble, is settled as it is, and holds up nobody, where others have
+been answered that were sent after it, with no outage on: after the last of all the attempts that one call may make, or
+after it had failed before, a few times. Times are seconds of one clock. This room knows neither calls nor outcomes.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import email.utils
 import io
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
@@ -56,6 +58,19 @@ async def test_a_request_that_follows_a_redirect_shares_the_record() -> None:
         await client.get(URL)
     assert len(records) == 2
     assert records[0] is records[1]
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="it is about how CPython keeps attributes")
+def test_a_record_has_no_dict_even_where_many_were_made_at_once() -> None:
+    # In a process of its own: what the first thirty records of a process have is for all that follow.
+    code = (
+        "import gc; from layer_async._exchange import ExchangeRecord; "
+        "queue = [ExchangeRecord() for _ in range(100)]; "
+        "[setattr(queue[0], name, None) for name in ExchangeRecord.__annotations__]; "
+        "print(any(type(each) is dict for each in gc.get_referents(queue[0])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_new_attempt_forgets_the_transports_notes_and_nothing_else() -> None:

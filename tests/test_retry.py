@@ -791,6 +791,21 @@ async def test_what_costs_nothing_is_tried_again_even_when_the_budget_is_spent(s
     assert script.calls == 2
 
 
+@pytest.mark.parametrize(
+    ("is_in_outage", "is_spent", "attempts", "is_cut_short"),
+    [(False, False, 4, False), (True, False, 1, True), (False, True, 1, True)],
+)
+async def test_only_what_the_budget_or_an_outage_denied_another_attempt_is_cut_short(
+    is_in_outage: bool, is_spent: bool, attempts: int, is_cut_short: bool
+) -> None:
+    budget, script, request = RetryBudget(), Script(503), get()
+    budget.withdraw(100 * is_spent)
+    record = ExchangeRecord.of(request)
+    record.is_in_outage = lambda: is_in_outage
+    assert (await Bench(budget=budget).send(request, script)).status_code == 503
+    assert (script.calls, record.is_cut_short) == (attempts, is_cut_short)
+
+
 async def test_timeouts_cost_twice() -> None:
     bench = Bench()
     with pytest.raises(httpx.ConnectTimeout):
