@@ -448,7 +448,7 @@ def raise_translated(error: httpx.RequestError | httpx.InvalidURL, known: ErrorC
         raise ConfigurationError("the URL is neither http nor https.", request=known.request) from error
     if isinstance(error, httpx.RemoteProtocolError | httpx.DecodingError):
         if isinstance(error, httpx.RemoteProtocolError) and known.response_started is False:
-            raise APIConnectionError("the server closed the connection without an answer.", **context) from error
+            raise APIConnectionError(f"no usable answer: {str(error).rstrip('.')}.", **context) from error
         malformed = MalformedResponseError(f"the answer cannot be trusted: {error}.", **context)
         del error  # the other is rid of what it quotes before anybody sees it
         try:

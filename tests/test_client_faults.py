@@ -75,6 +75,14 @@ async def test_a_compressed_body_that_is_cut_short_is_not_taken_for_a_whole_one(
                 await client.get("/cut/1")
 
 
+async def test_a_proxy_that_speaks_no_http_is_not_said_to_have_closed() -> None:
+    with FaultServer(refuse_tunnels="nonsense") as proxy:
+        async with AsyncLayerClient(tokens=PAIR, base_url="https://origin.invalid", proxy=proxy.url) as client:
+            with pytest.raises(APIConnectionError, match="no usable answer: ") as caught:
+                await client.get("/x", retry=None)
+    assert "closed" not in str(caught.value)
+
+
 @pytest.mark.parametrize("body", [b"plain text", gzip.compress(TEXT)[:-14]])
 async def test_an_error_keeps_its_status_whatever_its_body_is(body: bytes) -> None:
     with FaultServer() as server:
