@@ -20,6 +20,7 @@ import socket
 import ssl
 import warnings
 import weakref
+from asyncio.selector_events import BaseSelectorEventLoop
 from collections.abc import AsyncIterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -215,6 +216,7 @@ class WireConnection:
         "_fd",
         "_fields",
         "_has_served",
+        "_hears_once",
         "_held",
         "_is_closed",
         "_is_paused",
@@ -264,6 +266,7 @@ class WireConnection:
         if proxy is not None and tls is None:
             self.prefix = f"http://{_authority(host, port, default=80)}".encode("ascii")
         self._loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
+        self._hears_once = not isinstance(self._loop, BaseSelectorEventLoop)
         self._pid = os.getpid()
         self._ref: weakref.ref[WireConnection] = weakref.ref(self)
         self._context = contextvars.Context()  # not the one of whoever happens to open it
@@ -824,8 +827,15 @@ class WireConnection:
             self._hang_up()
         elif reader.unread > HIGH_WATER and not self._is_paused:
             self._pause()
+        elif self._hears_once and self._sock is not None:
+            self._look_again()
         if self._waiter is not None:
             self._wake_if_ready()
+
+    def _look_again(self) -> None:
+        """uvloop (libuv's `uv_poll`) tells of a reset once and then of nothing more, whatever is left to read."""
+        if any(events & select.POLLERR for _, events in self._poll.poll(0)):
+            self._loop.call_soon(_on_readable, self._ref, context=self._context)
 
     def _feed(self, data: bytes) -> None:
         """What came, TLS taken off."""

@@ -7,6 +7,7 @@ import errno
 import gc
 import math
 import os
+import select
 import socket
 import ssl
 import subprocess
@@ -586,6 +587,25 @@ async def test_a_handshake_that_is_reset_is_a_connect_error() -> None:
         with pytest.raises(httpcore.ConnectError) as caught:
             await call(connection, "/ok")
         assert isinstance(caught.value.__cause__, httpcore.ReadError)
+
+
+async def test_an_answer_that_is_reset_while_the_loop_is_busy_fails_at_once(server: FaultServer) -> None:
+    """The loop finds what came and the reset in one; uvloop tells of that once."""
+
+    def begin(ex: Exchange) -> None:
+        ex.send(b"HTTP/1.1 20")
+        ex.reset()
+
+    def be_busy() -> None:
+        while not any(events & select.POLLERR for _, events in connection._poll.poll(5000)):
+            pass
+
+    server.behaviours["begin"] = begin
+    with connection_to(server) as connection:
+        await call(connection, "/ok")
+        asyncio.get_running_loop().call_soon(be_busy)
+        with anyio.fail_after(5), pytest.raises(httpcore.ReadError):
+            await call(connection, "/begin")
 
 
 async def test_a_certificate_that_is_refused_can_be_found_behind_the_error() -> None:
