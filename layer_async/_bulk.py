@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -279,7 +280,7 @@ class Bulk(Generic[K, V, T]):
         items, self._items = self._items, None
         if items is None:
             raise ConfigurationError("a bulk serves one `async with`: its items have been pulled. Make another.")
-        self._meter = Meter(anyio.current_time(), _length(items))
+        self._meter = Meter(time.perf_counter(), _length(items))
         self._last_progress: Progress | None = None
         self._iterator: object
         self._pull: Callable[[], Awaitable[T]]
@@ -371,7 +372,7 @@ class Bulk(Generic[K, V, T]):
     def _progress(self) -> Progress:
         if self._last_progress is not None:
             return self._last_progress
-        return self._meter.progress(anyio.current_time(), self._held)
+        return self._meter.progress(time.perf_counter(), self._held)
 
     def _stop(self, why: str) -> None:
         """Pull nothing more, and hold nothing; the loop ends when what is under way has its outcome."""
@@ -496,12 +497,12 @@ class Bulk(Generic[K, V, T]):
                         self._unfed = failure
                         raise failure
                 record = ItemRecord(is_patient=self._is_patient, is_in_outage=self._is_in_outage, waits=self._waits)
-                began = anyio.current_time()
+                began = time.perf_counter()
                 token = current_item.set(record)
                 try:
                     value = await call()
                 except Exception as error:  # of whatever kind: it is raised, but for an outage
-                    self._heed(record, error, began, anyio.current_time())
+                    self._heed(record, error, began, time.perf_counter())
                     if record.is_given_up:
                         self._unfed = error
                     if outage is None or outage.given_up or record.outage is not error:
@@ -511,7 +512,7 @@ class Bulk(Generic[K, V, T]):
                         raise
                     failure = error
                 else:
-                    self._heed(record, None, began, anyio.current_time())
+                    self._heed(record, None, began, time.perf_counter())
                     return value
                 finally:
                     record.is_open = False
@@ -549,7 +550,7 @@ class Bulk(Generic[K, V, T]):
 
     async def _try(self, place: _Case[K, V, T]) -> bool:
         """Call once; whether the item is held, and to be tried again."""
-        began = anyio.current_time()
+        began = time.perf_counter()
         if place.setback is None:
             place.began = began
         record = ItemRecord(is_patient=self._is_patient, is_in_outage=self._is_in_outage, waits=self._waits)
@@ -610,7 +611,7 @@ class Bulk(Generic[K, V, T]):
         attempts = record.last_attempts
         return cast(Outage, self._outage).missed(
             setback,
-            sent=anyio.current_time() - (attempts[-1].elapsed if attempts else 0.0),
+            sent=time.perf_counter() - (attempts[-1].elapsed if attempts else 0.0),
             tried_again=len(attempts) > 1 and not record.is_cut_short,
             asked=getattr(error, "retry_after", None),
         )
@@ -642,17 +643,17 @@ class Bulk(Generic[K, V, T]):
             pending = self._call(item)
             if isinstance(pending, Awaitable):
                 value = await pending
-                return Outcome(item, key, value, None, record.attempts, anyio.current_time() - began)
+                return Outcome(item, key, value, None, record.attempts, time.perf_counter() - began)
         except ClientClosedError as error:  # no other item can fare better
             self._end(error)
             return None
         except Exception as error:  # a failed item is an outcome, whatever the user's call raises
             error.__traceback__ = cast(TracebackType, error.__traceback__).tb_next  # this frame shows the item
-            return Outcome(item, key, None, error, record.attempts, anyio.current_time() - began)
+            return Outcome(item, key, None, error, record.attempts, time.perf_counter() - began)
         except anyio.get_cancelled_exc_class() as error:
             if _is_cancelled(error):
                 raise
-            elapsed = anyio.current_time() - began
+            elapsed = time.perf_counter() - began
             return Outcome(item, key, None, _cancelled_elsewhere(error), record.attempts, elapsed)
         self._end(
             ConfigurationError(

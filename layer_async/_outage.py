@@ -11,6 +11,7 @@ after it had failed before, a few times. Times are seconds of one clock. This ro
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from random import SystemRandom
 
@@ -64,7 +65,7 @@ class Outage:
         timeout: float,
         *,
         on_end: Callable[[str], None],
-        clock: Callable[[], float] = anyio.current_time,
+        clock: Callable[[], float] = time.perf_counter,
         random: Callable[[], float] = SystemRandom().random,  # noqa: B008 - holds no state
     ) -> None:
         self._timeout = timeout

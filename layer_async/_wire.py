@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import errno
 import math
 import os
 import select
@@ -220,6 +221,7 @@ class WireConnection:
         "_held",
         "_is_closed",
         "_is_paused",
+        "_is_reset",
         "_is_sent",
         "_is_write_broken",
         "_loop",
@@ -284,7 +286,7 @@ class WireConnection:
         self._uncounted = 0
         self._record: ExchangeRecord | None = None
         self._serial = 0
-        self._is_closed = self._is_paused = self._has_served = False
+        self._is_closed = self._is_paused = self._is_reset = self._has_served = False
         self._is_sent = self._is_write_broken = self._wants_close = False
         self._reader = AnswerReader()
         self._failure: Failure | None = None
@@ -690,7 +692,8 @@ class WireConnection:
             sent = sock.send(data)
         except (BlockingIOError, InterruptedError):
             sent = 0
-        except OSError:
+        except OSError as exc:
+            self._is_reset = isinstance(exc, ConnectionResetError)
             self._break_write()
             return
         if sent:
@@ -728,7 +731,8 @@ class WireConnection:
             sent = sock.send(self._outbox)
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:
+        except OSError as exc:
+            self._is_reset = isinstance(exc, ConnectionResetError)
             self._break_write()
             return
         self._outbox = self._outbox[sent:]
@@ -792,6 +796,10 @@ class WireConnection:
         if waiter is None or waiter.done() or self._expires == math.inf:
             return
         now = self._loop.time()
+        if now >= self._expires and not self._is_paused and self._poll.poll(0):
+            self._on_readable()  # on uvloop timers ring before it looks at what has come while others kept it busy
+        if waiter.done():
+            return
         if now < self._expires:
             self._ring_at(self._expires)
         elif now >= self._deadline:
@@ -811,6 +819,8 @@ class WireConnection:
             data = sock.recv(RECEIVE)
             tls = self._tls
             if not data:
+                if self._is_reset:  # a write was told of it, and then nobody else is
+                    raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
                 self._reader.end(is_cut=tls is not None)
             elif tls is None:
                 self._feed(data)
@@ -834,7 +844,8 @@ class WireConnection:
 
     def _look_again(self) -> None:
         """uvloop (libuv's `uv_poll`) tells of a reset once and then of nothing more, whatever is left to read."""
-        if any(events & select.POLLERR for _, events in self._poll.poll(0)):
+        # A write that failed meanwhile has taken the error with it; the hang-up stays.
+        if any(events & (select.POLLERR | select.POLLHUP) for _, events in self._poll.poll(0)):
             self._loop.call_soon(_on_readable, self._ref, context=self._context)
 
     def _feed(self, data: bytes) -> None:

@@ -608,6 +608,51 @@ async def test_an_answer_that_is_reset_while_the_loop_is_busy_fails_at_once(serv
             await call(connection, "/begin")
 
 
+RESET = b"\1\0\0\0\0\0\0\0"  # what SO_LINGER takes
+
+
+async def test_the_end_of_a_body_without_length_is_no_end_where_a_write_was_told_of_a_reset() -> None:
+    """The kernel tells of it once: who reads finds an end like any other."""
+
+    def serve(sock: socket.socket) -> None:
+        sock.recv(65536)
+        sock.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf of")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"x"
+        while not any(events & select.POLLERR for _, events in connection._poll.poll(5000)):
+            pass
+        yield b"y"
+
+    with listening(serve) as server:
+        server.tls = False
+        with connection_to(server) as connection, pytest.raises(httpcore.ReadError):
+            await call(connection, "/", method="POST", body=body(), headers=[(b"Transfer-Encoding", b"chunked")])
+
+
+async def test_an_answer_that_is_there_when_the_time_is_up_is_taken(server: FaultServer) -> None:
+    """On uvloop timers ring before it looks at what came while another reader kept it busy."""
+
+    def be_busy() -> None:
+        loop.remove_reader(mine)
+        connection._poll.poll(5000)
+        time.sleep(0.008)
+
+    def late(ex: Exchange) -> None:
+        ex.pause(0.003)
+        ex.respond(b"late")
+
+    server.behaviours["late"] = late
+    loop = asyncio.get_running_loop()
+    mine, other = socket.socketpair()
+    with mine, other, connection_to(server) as connection:
+        await call(connection, "/ok/1")
+        loop.add_reader(mine, be_busy)
+        other.send(b"x")
+        assert await call(connection, "/late", timeout={"read": 0.008}) == b"late"
+
+
 async def test_a_certificate_that_is_refused_can_be_found_behind_the_error() -> None:
     with FaultServer(tls=True) as server:
         with connection_to(server, tls=ssl.create_default_context()) as connection:
