@@ -296,7 +296,7 @@ class SocketStream(_Stream):
         super().__init__(wire, 0)
         self._sock = sock
         self._unwaited = 0
-        self._asked = False
+        self._asked = self._is_reset = False
 
     async def receive(self, max_bytes: int, timeout: float | None) -> bytes:
         if not self._asked:
@@ -307,7 +307,10 @@ class SocketStream(_Stream):
                 # the other tasks their turn once an attempt, however quick the server is.
                 if not self._asked:
                     with contextlib.suppress(BlockingIOError, InterruptedError):
-                        return self._sock.recv(max_bytes)
+                        data = self._sock.recv(max_bytes)
+                        if not data and self._is_reset:  # a write was told of it, and then nobody else is
+                            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+                        return data
                 self._asked = False
                 await self._wait(anyio.wait_readable, timeout, httpcore.ReadTimeout)
         except OSError as exc:
@@ -327,6 +330,7 @@ class SocketStream(_Stream):
                     rest = rest[sent:]
             self._asked = True
         except OSError as exc:
+            self._is_reset = isinstance(exc, ConnectionResetError)
             raise httpcore.WriteError(str(exc)) from exc
 
     async def _wait_until_taken(self, timeout: float | None) -> None:

@@ -9,10 +9,12 @@ import functools
 import gc
 import gzip
 import pickle
+import socket
 import ssl
+import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from layer_async._options import Pieces
 from layer_async._pacing import Gate
 
 from .faultserver import Exchange, FaultServer, authority
+from .test_wire import RESET, listening
 
 pytestmark = pytest.mark.anyio
 
@@ -81,6 +84,29 @@ async def test_a_proxy_that_speaks_no_http_is_not_said_to_have_closed() -> None:
             with pytest.raises(APIConnectionError, match="no usable answer: ") as caught:
                 await client.get("/x", retry=None)
     assert "closed" not in str(caught.value)
+
+
+async def test_a_body_without_length_that_is_reset_during_the_upload_is_no_whole_one() -> None:
+    """The kernel tells the write, and who reads then finds an end like any other."""
+    is_reset = threading.Event()
+
+    def begin(sock: socket.socket) -> None:
+        sock.recv(65536)
+        sock.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf of")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        sock.close()
+        is_reset.set()
+
+    async def body() -> AsyncGenerator[bytes, None]:
+        yield b"x"
+        is_reset.wait(5)
+        yield b"y"
+
+    with listening(begin) as server:
+        server.tls = False
+        async with make(server) as client, contextlib.aclosing(body()) as pieces:
+            with pytest.raises(APIConnectionError):
+                await client.post("/x", content=pieces, retry=None)
 
 
 @pytest.mark.parametrize("body", [b"plain text", gzip.compress(TEXT)[:-14]])

@@ -34,6 +34,7 @@ from .test_siege_pool import acting_at, open_sockets
 
 pytestmark = pytest.mark.anyio
 Fields = list[tuple[bytes, bytes]]
+RESET = b"\1\0\0\0\0\0\0\0"  # what SO_LINGER takes
 
 
 @pytest.fixture
@@ -581,7 +582,7 @@ async def test_a_handshake_that_fails_is_a_connect_error() -> None:
 async def test_a_handshake_that_is_reset_is_a_connect_error() -> None:
     def reset(sock: socket.socket) -> None:
         sock.recv(65536)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
     with listening(reset) as server, connection_to(server) as connection:
         with pytest.raises(httpcore.ConnectError) as caught:
@@ -606,9 +607,6 @@ async def test_an_answer_that_is_reset_while_the_loop_is_busy_fails_at_once(serv
         asyncio.get_running_loop().call_soon(be_busy)
         with anyio.fail_after(5), pytest.raises(httpcore.ReadError):
             await call(connection, "/begin")
-
-
-RESET = b"\1\0\0\0\0\0\0\0"  # what SO_LINGER takes
 
 
 async def test_the_end_of_a_body_without_length_is_no_end_where_a_write_was_told_of_a_reset() -> None:
